@@ -1,0 +1,1 @@
+"""Records in, items out: sources, normalising, ingest and the reader of items; also the shop that the demo draws."""
