@@ -13,6 +13,7 @@ def connect(*, num_cpus: int | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS (as set for a submitted job), else start a private one on this machine."""
     if ray.is_initialized():
         return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     runtime_env = {"env_vars": WORKER_ENV}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime_env, logging_level=logging.WARNING, log_to_driver=False)

@@ -1,0 +1,273 @@
+"""Parquet from anyone -> a plan of what to read, and records in one form (RECORDS of pipelines.normalize). No Ray.
+
+A source is one parquet file, or a folder of them as the public sets have it: files with an image column hold records; a
+file without one whose product_id is unique describes products, and its attributes are joined to the records; anything else is
+named as not read. Planning reads schemas and ids only, never pictures.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from idem import folds, storage
+from pipelines.normalize import RECORDS
+
+REQUIRED = ("item_id", "product_id", "image")
+ATTRIBUTES = ("title", "family_id", "coarse", "category", "group", "id_split")
+BATCH_ROWS = 128
+
+
+class Columns(BaseModel, frozen=True, extra="forbid"):
+    """Which column of the source holds what. Those that are named explicitly must exist; of the others only REQUIRED must."""
+
+    item_id: str = "image_id"
+    product_id: str = "product_id"
+    image: str = "image"
+    title: str = "title"
+    family_id: str = "family_id"  # else coarse, else the product itself
+    coarse: str = "coarse"
+    category: str = "category"  # else group
+    group: str = "group"
+    lang: str = "lang"
+    role: str = "role"
+    style: str = "style"
+    id_split: str = "id_split"
+    split: str = "split"
+
+    def get(self, field: str) -> str:
+        """The source's name of one of our fields."""
+        return getattr(self, field)
+
+
+TEXTS = tuple(name for name in Columns.model_fields if name != "image")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One row group of one file: the unit of work. `name` is the file's name in the source; `first_row` counts from 0 in the file."""
+
+    uri: str
+    name: str
+    number: int
+    first_row: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlan:
+    """groups: what to read, in order; attributes: URIs of files that describe products; not_read: names of files left alone;
+    bytes: size on disk of what is read; fingerprint: changes with the names, sizes or times of those files."""
+
+    uri: str
+    columns: Columns
+    groups: tuple[Group, ...]
+    attributes: tuple[str, ...]
+    not_read: tuple[str, ...]
+    bytes: int
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+
+def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    if storage.is_local(uri):
+        return pyarrow.fs.LocalFileSystem(), str(storage.local_path(uri))
+    return pyarrow.fs.FileSystem.from_uri(uri)
+
+
+def _list(uri: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:
+    """The parquet files at `uri` (itself, or directly in that folder), by name, each with its URI."""
+    filesystem, path = _filesystem(uri)
+    found = filesystem.get_file_info(path)
+    if found.type == pyarrow.fs.FileType.File:
+        return [(uri, found)]
+    if found.type == pyarrow.fs.FileType.NotFound:
+        raise ValueError(f"the source {uri} does not exist; a parquet file or a folder of parquet files is needed")
+    inside = sorted(filesystem.get_file_info(pyarrow.fs.FileSelector(path)), key=lambda info: info.base_name)
+    files = [info for info in inside if info.extension == "parquet" and info.base_name[0] not in "._"]
+    if not files:
+        raise ValueError(f"the folder {uri} holds no .parquet file; found {', '.join(i.base_name for i in inside) or 'nothing'}")
+    return [(storage.join(uri, info.base_name), info) for info in files]
+
+
+@contextmanager
+def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """The open file; ValueError that names it where it, or any part read of it, is not sound parquet."""
+    filesystem, path = _filesystem(uri)
+    try:
+        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{uri} cannot be read as parquet: {' '.join(str(error).split())}") from error
+
+
+def _texts(column: pa.ChunkedArray | pa.Array) -> list[str]:
+    """Any plain column as str: "" for null, numbers as their digits, bytes that are not UTF-8 with replacement characters."""
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        column = column.cast(pa.string())
+    return ["" if value is None else value.decode(errors="replace").strip() for value in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _is_unique(uri: str, column: str) -> bool:
+    with _parquet(uri) as file:
+        ids = _texts(file.read(columns=[column]).column(column))
+    return len(set(ids)) == len(ids) and "" not in ids
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):  # {bytes, path}, as some dataset tools write pictures
+        return kind.get_field_index("bytes") >= 0
+    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _check(uri: str, have: pa.Schema, columns: Columns) -> None:
+    """ValueError unless the record file `uri` has what is required, in a usable type."""
+    exist = f"its columns are {', '.join(have.names) or 'none'}"
+    if missing := [f"{columns.get(f)!r} (for {f})" for f in REQUIRED if columns.get(f) not in have.names]:
+        raise ValueError(f"{uri} has no column {', '.join(missing)}; {exist}. Name yours in [ingest.columns]")
+    for field in Columns.model_fields:
+        if (name := columns.get(field)) not in have.names:
+            continue
+        kind = have.field(name).type
+        if not _is_image(kind) if field == "image" else pa.types.is_nested(kind):
+            wanted = "encoded pictures as binary" if field == "image" else "a plain text or number"
+            raise ValueError(f"{uri}: column {name!r} (for {field}) is of type {kind}; {wanted} is needed")
+
+
+def _groups(uri: str, name: str) -> Iterator[Group]:
+    first = 0
+    with _parquet(uri) as file:
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            if group.num_rows:
+                yield Group(uri=uri, name=name, number=number, first_row=first, rows=group.num_rows, bytes=group.total_byte_size)
+            first += group.num_rows
+
+
+def _kind(uri: str, have: pa.Schema, columns: Columns, *, alone: bool) -> str:
+    if alone or columns.image in have.names:
+        return "records"
+    if columns.product_id in have.names and _is_unique(uri, columns.product_id):
+        return "attributes"
+    return "not_read"
+
+
+def plan_source(uri: str, columns: Columns) -> SourcePlan:
+    """Look at a file or a folder and say what would be read; ValueError says what is missing, where, and what there is."""
+    files = _list(uri)
+    schemas: dict[str, pa.Schema] = {}
+    kinds: dict[str, str] = {}
+    for file, _ in files:
+        with _parquet(file) as opened:
+            schemas[file] = opened.schema_arrow
+        kinds[file] = _kind(file, schemas[file], columns, alone=len(files) == 1)
+        if kinds[file] == "records":
+            _check(file, schemas[file], columns)
+    read = [(file, info) for file, info in files if kinds[file] != "not_read"]
+    records = [(file, info) for file, info in read if kinds[file] == "records"]
+    if not records:
+        told = "; ".join(f"{info.base_name}: {', '.join(schemas[file].names)}" for file, info in files)
+        raise ValueError(f"no file in {uri} has a column {columns.image!r} (for image). Found {told}")
+    exist = {name for file, _ in read for name in schemas[file].names}
+    if unknown := sorted(f"{columns.get(f)!r} (for {f})" for f in columns.model_fields_set if columns.get(f) not in exist):
+        raise ValueError(f"{uri} has no column {', '.join(unknown)}; its columns are {', '.join(sorted(exist))}")
+    groups = tuple(group for file, info in records for group in _groups(file, info.base_name))
+    if not groups:
+        raise ValueError(f"the catalogue {uri} is empty: {', '.join(info.base_name for _, info in records)} holds no rows")
+    return SourcePlan(
+        uri=uri,
+        columns=columns,
+        groups=groups,
+        attributes=tuple(file for file, _ in read if kinds[file] == "attributes"),
+        not_read=tuple(info.base_name for file, info in files if kinds[file] == "not_read"),
+        bytes=sum(info.size for _, info in read),
+        fingerprint=hashlib.sha256(repr([(i.base_name, i.size, i.mtime_ns) for _, i in read]).encode()).hexdigest()[:16],
+    )
+
+
+def find_duplicates(plan: SourcePlan) -> dict[tuple[str, int], tuple[int, ...]]:
+    """(file, number of the row group) -> rows of that file whose item_id came earlier, in the order of the plan.
+
+    Reads the id column alone. It holds every id in memory: about 100 bytes a record.
+    """
+    seen: set[str] = set()
+    found: dict[tuple[str, int], tuple[int, ...]] = {}
+    for group in plan.groups:
+        with _parquet(group.uri) as file:
+            ids = _texts(file.read_row_group(group.number, columns=[plan.columns.item_id]).column(0))
+        rows = []
+        for row, item_id in enumerate(ids, group.first_row):
+            if item_id and item_id in seen:
+                rows.append(row)
+            seen.add(item_id)
+        if rows:
+            found[group.uri, group.number] = tuple(rows)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def load_attributes(files: tuple[str, ...], columns: Columns) -> Mapping[str, Mapping[str, str]]:
+    """product_id -> what `files` say of it, of ATTRIBUTES; the first file that gives a value wins."""
+    known: dict[str, dict[str, str]] = {}
+    for uri in files:
+        with _parquet(uri) as file:
+            names = {f: columns.get(f) for f in ATTRIBUTES if columns.get(f) in file.schema_arrow.names}
+            table = file.read(columns=[columns.product_id, *names.values()])
+        values = {field: _texts(table.column(name)) for field, name in names.items()}
+        for i, product_id in enumerate(_texts(table.column(columns.product_id))):
+            told = known.setdefault(product_id, {})
+            for field, column in values.items():
+                told[field] = told.get(field) or column[i]
+    return known
+
+
+def _record(own: Mapping[str, str], known: Mapping[str, str], unseen_fraction: float) -> dict[str, str]:
+    """Fill in what a record does not say: from its product's attributes first, then by the fallbacks of Columns."""
+    told = {**own, **{field: own[field] or known.get(field, "") for field in ATTRIBUTES}}
+    told["family_id"] = told["family_id"] or told["coarse"] or told["product_id"]
+    told["category"] = told["category"] or told["group"]
+    # Whole families are dealt: a sibling in training would make an "unseen" product familiar.
+    unseen = folds.uniform(told["family_id"], "unseen") < unseen_fraction
+    told["id_split"] = told["id_split"] or ("dev_unseen" if unseen else "train")
+    return told
+
+
+def _images(column: pa.Array) -> pa.Array:
+    column = column.field("bytes") if pa.types.is_struct(column.type) else column
+    return column.cast(pa.large_binary())
+
+
+def read_group(
+    group: Group,
+    *,
+    columns: Columns,
+    attributes: tuple[str, ...] = (),
+    duplicates: tuple[int, ...] = (),
+    unseen_fraction: float = 0.2,
+) -> Iterator[pa.Table]:
+    """The records of one row group as tables of RECORDS with at most BATCH_ROWS rows, so that memory stays bounded."""
+    known = load_attributes(attributes, columns)
+    again = frozenset(duplicates)
+    row = group.first_row
+    with _parquet(group.uri) as file:
+        have = [name for name in {columns.get(f) for f in Columns.model_fields} if name in file.schema_arrow.names]
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.number], columns=have, use_threads=False):
+            empty = [""] * batch.num_rows
+            texts = {f: _texts(batch.column(columns.get(f))) if columns.get(f) in have else empty for f in TEXTS}
+            own = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+            told = [_record(o, known.get(o["product_id"], {}), unseen_fraction) for o in own]
+            table: dict[str, object] = {name: [t[name] for t in told] for name in RECORDS.names if name in TEXTS}
+            table |= {"source_file": [group.name] * len(told), "source_row": range(row, row + len(told))}
+            table |= {"duplicate": [r in again for r in range(row, row + len(told))], "image": _images(batch.column(columns.image))}
+            yield pa.table({name: table[name] for name in RECORDS.names}, schema=RECORDS)
+            row += batch.num_rows

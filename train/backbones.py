@@ -1,0 +1,145 @@
+"""The compact backbone: a small convolutional tower and a small causal text model, trained from scratch on two CPU cores.
+
+Shapes: B items, S pixels a side, L tokens, D embedding dimensions, T image tokens of C channels.
+The joint embedding of an item is the normalised sum of what its picture and its text say (docs/decisions/0002), so an item
+may have either or both, and the text model's answer is its hidden state at the one added token, as METHOD.md section 2 has it.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+PAD, EMB = 0, 1
+FIRST_BYTE = 4
+VOCABULARY = FIRST_BYTE + 256
+
+
+class CompactConfig(BaseModel):
+    """Everything that decides the shapes of the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    backbone: str = "compact"
+    side: Annotated[int, Field(ge=32, multiple_of=16)] = 48
+    widths: tuple[int, int, int, int] = (32, 64, 128, 256)
+    dim: Annotated[int, Field(ge=8)] = 256
+    text_dim: int = 128
+    text_layers: int = 2
+    text_length: int = 48
+
+
+def tokenize(texts: Sequence[str], length: int) -> Tensor:
+    """UTF-8 bytes of each text, at most length - 1 of them, then the embedding token: (n, longest) int64, padded with PAD."""
+    rows = [[FIRST_BYTE + b for b in text.lower().encode("utf-8", "replace")[: length - 1]] + [EMB] for text in texts]
+    longest = max(map(len, rows), default=1)
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), longest)
+
+
+class Block(nn.Module):
+    """Residual pair of 3 x 3 convolutions; `stride` is taken by the first."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False)) if inputs != outputs or stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class VisionTower(nn.Module):
+    """(B, 3, S, S) -> the maps of the last two stages, (B, widths[2], S/8, S/8) and (B, widths[3], S/16, S/16)."""
+
+    def __init__(self, widths: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stages = nn.ModuleList(Block(widths[max(i - 1, 0)], widths[i], 2 if i else 1) for i in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        for stage in self.stages[:3]:
+            x = stage(x)
+        return x, self.stages[3](x)
+
+
+class TextModel(nn.Module):
+    """(B, L) tokens -> (B, text_dim): the hidden state at the embedding token under causal attention."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        d = config.text_dim
+        self.embed = nn.Embedding(VOCABULARY, d, padding_idx=PAD)
+        self.position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
+        self.local = nn.Conv1d(d, d, 4)  # the three bytes before and this one: cheap n-grams, robust to typos
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(d, 4, 2 * d, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+            for _ in range(config.text_layers)
+        )
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        x = self.embed(tokens_BL)
+        x = x + self.local(F.pad(x.transpose(1, 2), (3, 0))).transpose(1, 2) + self.position[: x.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
+        at = (tokens_BL == EMB).int().argmax(1)
+        return self.norm(x[torch.arange(len(x), device=x.device), at])
+
+
+class Compact(nn.Module):
+    """Pictures and texts to one space. Rows without a picture or without a text are named by index, not by placeholders."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.widths)
+        self.pool_norm = nn.BatchNorm1d(2 * config.widths[3])
+        self.image_out = nn.Linear(2 * config.widths[3], config.dim, bias=False)
+        self.text = TextModel(config)
+        self.text_out = nn.Linear(config.text_dim, config.dim, bias=False)
+        self.text_weight = nn.Parameter(torch.tensor(0.0))  # log of the text's share in the sum
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        side = self.config.side // 8
+        return side * side, self.config.widths[2] + self.config.widths[3]
+
+    @staticmethod
+    def normalise(pixels: Tensor) -> Tensor:
+        """(n, S, S, 3) uint8 or (n, 3, S, S) float in 0..1 -> (n, 3, S, S) float around zero, channels last."""
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.permute(0, 3, 1, 2).float() / 255
+        return ((pixels - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
+
+    def encode_images(self, x: Tensor) -> Tensor:
+        _, top = self.vision(x)
+        pooled = torch.cat([top.mean((2, 3)), top.amax((2, 3))], 1).float()  # what there is, and how strongly somewhere
+        return F.normalize(self.image_out(self.pool_norm(pooled)).float(), dim=1)
+
+    def encode_texts(self, tokens_BL: Tensor) -> Tensor:
+        return F.normalize(self.text_out(self.text(tokens_BL)).float(), dim=1)
+
+    def image_tokens(self, x: Tensor) -> Tensor:
+        """(n, 3, S, S) -> (n, T, C): the last two maps side by side, the coarser one repeated."""
+        mid, top = self.vision(x)
+        both = torch.cat([mid, F.interpolate(top, size=mid.shape[2:], mode="nearest")], 1)
+        return both.flatten(2).transpose(1, 2).float()
+
+    def forward(self, images: Tensor | None, image_rows: Tensor, tokens: Tensor | None, text_rows: Tensor, count: int) -> Tensor:
+        """(count, D) L2-normalised; `images` belong to `image_rows`, `tokens` to `text_rows`; each row is in at least one."""
+        device = self.text_weight.device
+        total = torch.zeros(count, self.config.dim, device=device)
+        if images is not None:
+            total = total.index_add(0, image_rows, self.encode_images(images))
+        if tokens is not None:
+            total = total.index_add(0, text_rows, self.text_weight.exp() * self.encode_texts(tokens))
+        return F.normalize(total, dim=1)
