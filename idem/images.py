@@ -30,6 +30,8 @@ def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
         raise ImageError("image_too_many_bytes", f"the picture has {len(data):,} bytes; at most {max_bytes:,} are allowed")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # Pillow's own limit, met before ours can be
+        raise ImageError("image_too_many_pixels", f"{error}; at most {max_pixels:,} are allowed") from error
     except Exception as error:
         head = data[:8].hex(" ")
         raise ImageError("image_unreadable", f"not a picture in {', '.join(FORMATS)} (first bytes {head})") from error
