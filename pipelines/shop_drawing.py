@@ -183,11 +183,11 @@ def _turn(angle: float) -> np.ndarray:
 
 
 def _posed(cut: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The cut-out turned by up to 22 degrees, scaled to 0.58-0.95, sheared a little, and moved; RGBA of the same size."""
-    size, scale = cut.width, rng.uniform(0.58, 0.95)
-    forward = _turn(np.deg2rad(rng.uniform(-22, 22))) @ np.array([(scale * rng.uniform(0.9, 1.1), rng.uniform(-0.1, 0.1)), (0, scale)])
+    """The cut-out turned by up to 15 degrees, scaled to 0.68-1, sheared a little, and moved; RGBA of the same size."""
+    size, scale = cut.width, rng.uniform(0.68, 1)
+    forward = _turn(np.deg2rad(rng.uniform(-15, 15))) @ np.array([(scale * rng.uniform(0.9, 1.1), rng.uniform(-0.1, 0.1)), (0, scale)])
     back = np.linalg.inv(forward)
-    room = 0.06 + (1 - scale) * 0.45
+    room = 0.03 + (1 - scale) * 0.4
     target = size * (0.5 + rng.uniform(-room, room, 2))
     offset = size * np.array([0.5, 0.53]) - back @ target
     matrix = (back[0, 0], back[0, 1], offset[0], back[1, 0], back[1, 1], offset[1])

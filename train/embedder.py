@@ -28,6 +28,7 @@ class Embedder:
         self.model = model.eval()
         self.id, self.fractions = id, fractions
         self.dim, self.side = model.config.dim, model.config.side
+        self.device = model.text_weight.device
         self.vocabulary = VOCABULARY
         self.token_shape = model.token_shape
 
@@ -51,7 +52,7 @@ class Embedder:
     @torch.inference_mode()
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """(n, side, side, 3) uint8 -> (n, T, C) float32: what the tower sees, place by place."""
-        return self.model.image_tokens(self.model.normalise(pixels))
+        return self.model.image_tokens(self.model.normalise(pixels.to(self.device)))
 
     @torch.inference_mode()
     def encode(
@@ -87,11 +88,12 @@ class Embedder:
         image_rows, text_rows = rows_with(images), rows_with(texts)
         x = tokens = None
         if image_rows:
-            x = self.model.normalise(torch.from_numpy(pictures.batch([images[i] for i in image_rows], self.side)))
+            x = self.model.normalise(torch.from_numpy(pictures.batch([images[i] for i in image_rows], self.side)).to(self.device))
         if text_rows:
-            tokens = self.tokenize([texts[i] for i in text_rows])
-        h = self.model(x, torch.tensor(image_rows, dtype=torch.int64), tokens, torch.tensor(text_rows, dtype=torch.int64), len(images))
-        return torch.nn.functional.normalize(h[:, :dim], dim=1).numpy()
+            tokens = self.tokenize([texts[i] for i in text_rows]).to(self.device)
+        at = [torch.tensor(rows, dtype=torch.int64, device=self.device) for rows in (image_rows, text_rows)]
+        h = self.model(x, at[0], tokens, at[1], len(images))
+        return torch.nn.functional.normalize(h[:, :dim], dim=1).cpu().numpy()
 
 
 class HistogramEmbedder:

@@ -1,0 +1,145 @@
+"""Candidate lists for reranker training: what the embedder finds among products that it was not trained on.
+
+Families of id_split `train` are dealt into folds (idem.folds). In each of the folds `rerank` and `calibrate` the gallery is
+what the index holds of the fold, and the queries are the fold's other pictures, without their titles: neither side has a
+product of another fold (METHOD.md section 7).
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+from tqdm import tqdm
+
+from idem import folds, job, manifest, metrics, schema, storage
+from idem.config import Table
+from index import vectors
+from index.searcher import exact
+from pipelines.items import Items, open_items
+from train.embedder import Embedder
+
+NAME = "candidates.parquet"
+FOLDS = folds.FOLDS[1:]
+FEWEST_PRODUCTS = 4  # with fewer there is next to nothing wrong to choose, and nothing is learnt
+COLUMNS = ["item_id", "product_id", "family_id", "category", "id_split", "width"]
+BLOCK = 512  # pictures held at a time
+
+
+class CandidatesConfig(Table):
+    """k: candidates a query; batch_size: pictures a forward pass."""
+
+    k: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The rows of one fold: gallery (positions in the table of items, in the order of `vector_rows`) and queries."""
+
+    gallery: np.ndarray
+    vector_rows: np.ndarray
+    queries: np.ndarray
+
+
+def divide(table: pa.Table, gallery_ids: list[str], fractions: tuple[float, float, float]) -> dict[str, Side]:
+    """Gallery and queries of each fold. `table` has COLUMNS of all items in scan order; `gallery_ids` are those indexed."""
+    vector_row = pc.fill_null(pc.index_in(table["item_id"], value_set=pa.array(gallery_ids)), -1).to_numpy()
+    fold = folds.folds(table["family_id"].to_pylist(), fractions)
+    fold[pc.not_equal(table["id_split"], "train").to_numpy()] = ""
+    pictured = pc.greater(table["width"], 0).to_numpy()
+    sides = {}
+    for name in FOLDS:
+        gallery = np.flatnonzero((fold == name) & (vector_row >= 0))
+        queries = np.flatnonzero((fold == name) & (vector_row < 0) & pictured)
+        sides[name] = Side(gallery, vector_row[gallery], queries)
+    return sides
+
+
+def lists(fold: str, queries: pa.Table, gallery: pa.Table, query_vectors: np.ndarray, gallery_vectors: np.ndarray, k: int) -> pa.Table:
+    """CANDIDATES of one fold: for each query its k nearest of the gallery, best first, with cosines and levels.
+
+    queries and gallery have COLUMNS; their vectors are (n, dim) in the same order. Ties go to the earlier gallery row.
+    """
+    scores, rows = exact(gallery_vectors, query_vectors, k)
+    item_ids, products, families, categories = (gallery[name].to_numpy() for name in COLUMNS[:4])
+    asked = zip(*(queries[name].to_pylist() for name in COLUMNS[1:4]), strict=True)
+    levels = [metrics.levels_of(query, products[r], families[r], categories[r]) for query, r in zip(asked, rows, strict=True)]
+    columns = {
+        "query_id": queries["item_id"],
+        "fold": pa.array([fold] * len(rows)),
+        "item_ids": [item_ids[r] for r in rows],
+        "scores": list(scores),
+        "levels": levels,
+    }
+    return pa.table(columns, schema=schema.CANDIDATES)
+
+
+def too_small(table: pa.Table, side: Side) -> str:
+    """Why a fold gives no candidates, or an empty string."""
+    products = len(table["product_id"].take(pa.array(side.gallery)).unique())
+    if products < FEWEST_PRODUCTS:
+        return f"{products} products in the gallery, at least {FEWEST_PRODUCTS} are needed"
+    return "" if len(side.queries) else "no picture beside those in the gallery"
+
+
+def encode_pictures(items: Items, embedder: Embedder, offsets: np.ndarray, *, batch_size: int, desc: str) -> np.ndarray:
+    """(n, dim) vectors of the pictures at `offsets`, titles unread; a block of pictures in memory at a time."""
+    parts = []
+    with tqdm(total=len(offsets), desc=desc, unit="query") as bar:
+        for start in range(0, len(offsets), BLOCK):
+            images = items.take_rows(offsets[start : start + BLOCK], ["image"])["image"].to_pylist()
+            parts.append(embedder.encode(images, None, batch_size=batch_size))
+            bar.update(len(images))
+    return np.concatenate(parts)
+
+
+def _figures(made: pa.Table, side: Side) -> dict[str, Any]:
+    levels = [row for row in made["levels"].to_pylist()]
+    return {
+        "queries": len(levels),
+        "gallery": len(side.gallery),
+        "R@1": round(float(np.mean([row[0] == 0 for row in levels])), 4),
+        "found": round(float(np.mean([0 in row for row in levels])), 4),
+    }
+
+
+def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str) -> tuple[pa.Table, dict[str, Any]]:
+    """CANDIDATES of both folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for."""
+    gallery_ids, matrix = vectors.read(vectors_uri)
+    table = items.table(COLUMNS)
+    parts, figures = [schema.CANDIDATES.empty_table()], {}
+    for fold, side in divide(table, gallery_ids, embedder.fractions).items():
+        if why := too_small(table, side):
+            figures[fold] = {"queries": 0, "gallery": len(side.gallery), "empty": why}
+            continue
+        queries = encode_pictures(items, embedder, side.queries, batch_size=config.batch_size, desc=fold)
+        asked, gallery = (table.take(pa.array(rows)) for rows in (side.queries, side.gallery))
+        parts.append(lists(fold, asked, gallery, queries, matrix[side.vector_rows], config.k))
+        figures[fold] = _figures(parts[-1], side)
+    return pa.concat_tables(parts), figures
+
+
+def run(config: CandidatesConfig) -> dict[str, Any]:
+    """Write the candidates of the current index, with the embedder and the items it was made of; or find them written."""
+    layout = storage.Layout(config.root)
+    index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
+    inputs = {"index": index.id, **index.inputs}
+    made = manifest.Plan(parent=layout.candidates, kind="candidates", config={"k": config.k}, inputs=inputs)
+    if there := made.finished():
+        return {"candidates": made.id, **there.figures, "skipped": True}
+    items = open_items(layout.items, version=int(index.inputs["items_version"]))
+    embedder = Embedder.load(storage.join(layout.embedder, index.inputs["embedder"]))
+    table, figures = make(config, items, embedder, storage.join(layout.vectors, index.inputs["vectors"], vectors.NAME))
+    storage.local_path(made.folder).mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, storage.local_path(storage.join(made.folder, NAME)))
+    made.write(figures=figures, files=[NAME])
+    return {"candidates": made.id, **figures}
+
+
+if __name__ == "__main__":
+    sys.exit(job.main("index.candidates", "candidates", CandidatesConfig, run))

@@ -1,0 +1,75 @@
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from idem import folds, manifest, metrics, schema, storage
+from index import candidates, run
+from index.candidates import CandidatesConfig
+from pipelines.items import open_items
+from train.embedder import Embedder
+
+
+def made(root: str, **settings):
+    figures = candidates.run(CandidatesConfig(root=root, **settings))
+    folder = manifest.current(storage.Layout(root).candidates, kind="candidates")
+    return figures, pq.read_table(storage.join(folder, candidates.NAME))
+
+
+@pytest.fixture
+def known(indexed):
+    layout = storage.Layout(indexed)
+    rows = open_items(layout.items).table([*candidates.COLUMNS, "role"]).to_pylist()
+    fractions = Embedder.load(manifest.current(layout.embedder, kind="embedder")).fractions
+    return {row["item_id"]: row | {"fold": folds.fold(row["family_id"], fractions)} for row in rows}
+
+
+def test_lists_stay_within_their_fold_and_off_the_products_of_the_embedder(indexed, known):
+    figures, table = made(indexed, k=5)
+    assert table.schema.equals(schema.CANDIDATES)
+    for row in table.to_pylist():
+        query, found = known[row["query_id"]], [known[item_id] for item_id in row["item_ids"]]
+        assert query["role"] == "photo"
+        assert query["width"] > 0
+        for item in [query, *found]:
+            assert (item["fold"], item["id_split"]) == (row["fold"], "train")
+        assert {item["role"] for item in found} == {"catalog"}
+        same = [[item[c] == query[c] for c in ("product_id", "family_id", "category")] for item in found]
+        assert row["levels"] == [metrics.level(*flags) for flags in same]
+    expected = {i for i, r in known.items() if r["role"] == "photo" and r["width"] and r["id_split"] == "train" and r["fold"] != "embedder"}
+    assert set(table["query_id"].to_pylist()) == expected
+    assert sum(figures[fold]["queries"] for fold in candidates.FOLDS) == len(expected)
+
+
+def test_lists_are_the_k_nearest_pictures_of_the_fold(indexed, known):
+    layout = storage.Layout(indexed)
+    embedder, items = Embedder.load(manifest.current(layout.embedder, kind="embedder")), open_items(layout.items)
+    _, table = made(indexed, k=3)
+    for row in table.to_pylist()[:10]:
+        gallery = [i for i, r in known.items() if (r["role"], r["id_split"], r["fold"]) == ("catalog", "train", row["fold"])]
+        cosine = embedder.encode(items.images(gallery), None) @ embedder.encode(items.images([row["query_id"]]), None)[0]
+        np.testing.assert_allclose(row["scores"], np.sort(cosine)[::-1][:3], atol=1e-5)
+        order = dict(zip(gallery, cosine, strict=True))
+        np.testing.assert_allclose([order[item_id] for item_id in row["item_ids"]], row["scores"], atol=1e-5)
+
+
+def test_a_second_run_is_skipped_and_another_k_is_not(indexed):
+    made(indexed, k=5)
+    assert made(indexed, k=5)[0]["skipped"]
+    assert "skipped" not in made(indexed, k=6)[0]
+
+
+def test_a_fold_with_too_little_says_so_and_is_empty(indexed, items_again):
+    items_again(8)
+    run.run(run.IndexConfig(root=indexed, fields="image"))
+    figures, table = made(indexed)
+    empty = [fold for fold in candidates.FOLDS if "empty" in figures[fold]]
+    assert empty
+    assert all("products in the gallery, at least 4" in figures[fold]["empty"] for fold in empty)
+    assert not set(table["fold"].to_pylist()) & set(empty)
+
+
+def test_an_index_of_everything_leaves_nothing_to_ask_with(indexed):
+    run.run(run.IndexConfig(root=indexed, gallery="true"))
+    figures, table = made(indexed)
+    assert table.num_rows == 0
+    assert figures["rerank"]["empty"] == "no picture beside those in the gallery"

@@ -1,0 +1,155 @@
+import os
+import signal
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from idem import manifest, storage
+from index import run, shard, vectors
+from index.run import IndexConfig
+from index.searcher import Searcher
+from pipelines.items import open_items
+from train.embedder import Embedder
+
+
+def config(root: str, **settings) -> IndexConfig:
+    return IndexConfig(root=root, **settings)
+
+
+def test_an_index_of_the_catalogue_pictures(root, without_ray):
+    figures = run.run(config(root, shards=3))
+    assert figures["gallery"] == figures["products"] == 40
+    assert figures["rule"] == "rows with role catalog"
+    assert figures["shard_sizes"] == [14, 13, 13]
+    assert figures["recall@10"] == 1.0
+    searcher = Searcher.open(manifest.current(storage.Layout(root).index, kind="index"))
+    assert sorted(searcher.item_ids) == [f"p{p:03d}-0" for p in range(40)]
+
+
+def test_a_picture_in_the_index_finds_itself_and_what_is_known_of_it(indexed):
+    layout = storage.Layout(indexed)
+    embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
+    query = embedder.encode(open_items(layout.items).images(["p007-0"]), None)
+    hit = Searcher.open(manifest.current(layout.index, kind="index")).search(query, 1)[0][0]
+    assert (hit.item_id, hit.product_id, hit.family_id, hit.category, hit.title) == ("p007-0", "p007", "f003", "c1", "article 7")
+
+
+def test_vectors_are_in_the_order_of_the_items_whatever_the_chunks(root, without_ray):
+    run.run(config(root, gallery="role != 'x'", encoders=7))
+    layout = storage.Layout(root)
+    item_ids, matrix = vectors.read(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))
+    items = open_items(layout.items).table(["item_id", "image", "title"])
+    assert item_ids == items["item_id"].to_pylist()
+    embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
+    plain = embedder.encode(items["image"].to_pylist(), items["title"].to_pylist())
+    np.testing.assert_allclose(matrix, plain, atol=1e-5)
+
+
+def test_fields_image_reads_a_title_only_where_there_is_no_picture():
+    assert vectors.texts_for("image", [b"x", None], ["a", "b"]) == ["", "b"]
+    assert vectors.texts_for("both", [b"x", None], ["a", "b"]) == ["a", "b"]
+
+
+def test_what_is_finished_is_skipped_and_what_is_damaged_is_made_again(indexed, monkeypatch):
+    again = config(indexed, fields="image")
+    assert run.run(again)["skipped"]
+    folder = Path(manifest.current(storage.Layout(indexed).index, kind="index"))
+    (folder / "shard-000.faiss").unlink()
+    monkeypatch.setattr(vectors, "encode", lambda *a, **k: pytest.fail("the vectors were there"))
+    assert "skipped" not in run.run(again)
+    assert run.run(again)["skipped"]
+    assert "skipped" not in run.run(config(indexed, fields="image", shards=4))
+
+
+def test_recall_below_the_bar_publishes_nothing(root, without_ray):
+    poor = config(root, gallery="true", factory="PQ1x2", min_recall=0.9)
+    with pytest.raises(ValueError, match=r"recall@10 of PQ1x2 against exact search is 0\.\d+, below min_recall = 0.9"):
+        run.run(poor)
+    assert not Path(storage.Layout(root).index, "CURRENT").exists()
+    assert not list(Path(storage.Layout(root).index).glob("*/*"))
+    assert run.run(config(root, gallery="true", factory="PQ1x2", min_recall=0.0))["recall@10"] < 0.9
+
+
+def test_an_item_in_no_shard_or_in_two_is_found_out(indexed):
+    layout = storage.Layout(indexed)
+    folder = manifest.current(layout.index, kind="index")
+    item_ids, matrix = vectors.read(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))
+    assert run.check(folder, 2, item_ids, matrix) == 1.0
+    meta = pq.read_table(Path(folder, "shard-001.parquet"))
+    shard.build(folder, 2, vectors=np.zeros((1, matrix.shape[1])), meta=meta.slice(0, 1), factory="Flat")
+    with pytest.raises(ValueError, match=f"{meta['item_id'][0]} in 2"):
+        run.check(folder, 3, item_ids, matrix)
+    with pytest.raises(ValueError, match=f"{meta.num_rows} items are not in exactly one shard.* in 0"):
+        run.check(folder, 1, item_ids, matrix)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gallery": "role = 'nothing'"}, "keeps none"),
+        ({"gallery": "colour = 'red'"}, "gallery = .* cannot be applied to the items.*colour"),
+        ({"shards": 41}, "allowed are 1 to 40"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_work(root, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run.run(config(root, **settings))
+    assert not Path(storage.Layout(root).vectors).exists()
+
+
+def test_errors_of_encoders_come_back_together_and_nothing_is_committed(root, without_ray, monkeypatch):
+    monkeypatch.setattr(Embedder, "encode", lambda *a, **k: (_ for _ in ()).throw(ValueError("out of paint")))
+    with pytest.raises(ValueError, match=r"8 of 8 chunks could not be encoded: items at offsets 0\.\..*out of paint"):
+        run.run(config(root))
+    assert not list(Path(storage.Layout(root).vectors).glob("*/vectors.lance/_versions/*"))
+
+
+def build_or_die(marker: str, work: shard.Work):
+    """Build a shard; the first time for shard 1 the worker kills itself, as the kernel would when memory is short."""
+    with Path(f"{marker}-{work.number}").open("a") as calls:
+        calls.write("x")
+    if work.number == 1 and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return shard.build_from(work)
+
+
+def refuse(number: int) -> int:
+    if number % 2:
+        raise ValueError(f"no {number}")
+    return number
+
+
+@pytest.mark.ray
+def test_the_job_in_ray_and_again(ray_session, root):
+    figures = run.run(config(root, batch_size=16))
+    assert (figures["gallery"], figures["recall@10"]) == (40, 1.0)
+    dataset = lance.dataset(storage.join(manifest.current(storage.Layout(root).vectors, kind="vectors"), vectors.NAME))
+    assert dataset.count_rows() == 40
+    assert dataset.version == 1, "one commit"
+    assert run.run(config(root, batch_size=16))["skipped"]
+
+
+@pytest.mark.ray
+def test_a_killed_builder_costs_its_own_shard_alone(ray_session, indexed, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the loops of `indexed`; what follows is Ray
+    layout, items = storage.Layout(indexed), open_items(storage.Layout(indexed).items)
+    uri = storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME)
+    chosen = run.choose(items, "", 0)
+    marker = str(tmp_path / "killed")
+    parts = [np.arange(0, 20), np.arange(20, 40)]
+    source = {"vectors": uri, "items": layout.items, "version": items.version, "folder": str(tmp_path / "out"), "factory": "Flat"}
+    work = [shard.Work(number=n, rows=rows, offsets=chosen.offsets[rows], **source) for n, rows in enumerate(parts)]
+    assert run.in_parallel(build_or_die, [(marker, each) for each in work], desc="shard") == [list(shard.names(0)), list(shard.names(1))]
+    assert [Path(f"{marker}-{n}").read_text() for n in (0, 1)] == ["x", "xx"]
+    _, matrix = vectors.read(uri)
+    assert run.check(str(tmp_path / "out"), 2, chosen.item_ids, matrix) == 1.0
+
+
+@pytest.mark.ray
+def test_errors_of_tasks_are_raised_once_together(ray_session):
+    with pytest.raises(ValueError, match="2 of 4 failed: number 1: ValueError: no 1; number 3: ValueError: no 3"):
+        run.in_parallel(refuse, [(n,) for n in range(4)], desc="number")
