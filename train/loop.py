@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from idem import images as pictures
 from train import augment, losses, plan
 from train.backbones import Compact, CompactConfig, tokenize
+from train.embedder import Embedder
 from train.neighbours import nearest, neighbours
 from train.prototypes import PrototypeHead, gather
 
@@ -81,7 +82,7 @@ class Corpus:
 
 @dataclass
 class Trained:
-    """What the loop leaves on every worker; `centroids` are those of the last stage's start, None if it never came."""
+    """What the loop leaves on every worker; `curves` has a row of figures every tenth step and at each checkpoint."""
 
     model: Compact
     head: PrototypeHead
@@ -95,7 +96,7 @@ def _rank_world() -> tuple[int, int]:
 
 
 class Trainer:
-    """One worker's part of the run. `report(figures, state or None)` is called on every worker alike."""
+    """One worker's part of the run. `report(figures, due)` is called every step; `due`, on all workers alike, asks for a checkpoint."""
 
     def __init__(self, config: LoopConfig, corpus: Corpus, report: Callable[[dict[str, Any], bool], None]) -> None:
         self.rank, self.world = _rank_world()
@@ -103,7 +104,8 @@ class Trainer:
             raise ValueError(f"batch {config.batch} does not divide into pairs of {config.per_id} over {self.world} workers")
         self.config, self.corpus, self.report = config, corpus, report
         torch.manual_seed(config.seed)
-        self.model = Compact(config.model).to(memory_format=torch.channels_last)
+        self.model = Compact(config.model)
+        self.model.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.untrained = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.members = plan.Members(corpus.labels)
         self.head = PrototypeHead(len(self.members), config.model.dim, rank=self.rank, world=self.world)
@@ -160,18 +162,26 @@ class Trainer:
             if self.stage == "warm-up" and progress >= self.config.warm_up:
                 self._to_margin()
             figures = self._step(progress)
-            self.curves.append(figures) if self.step % 10 == 0 else None
+            if self.step % 10 == 0:
+                self.curves.append(figures)
             due = torch.tensor([float(time.perf_counter() - last_saved > self.config.checkpoint_seconds)])
             if self.world > 1:
                 dist.broadcast(due, 0)
             if due:
-                figures["held_R@1"] = self.held_recall()
+                figures["held_R@1"] = self.held_recall() if self.rank == 0 else None
                 self.curves.append(figures)
                 last_saved = time.perf_counter()
             self.report({**figures, "progress": progress}, bool(due))
             self.step += 1
         if self.curves:
-            self.curves.append({**self.curves[-1], "step": self.step, "seconds": self.elapsed(), "held_R@1": self.held_recall()})
+            self.curves.append(
+                {
+                    **self.curves[-1],
+                    "step": self.step,
+                    "seconds": self.elapsed(),
+                    "held_R@1": self.held_recall() if self.rank == 0 else None,
+                }
+            )
         return Trained(self.model, self.head, self.step, self.elapsed(), self.curves)
 
     def _to_margin(self) -> None:
@@ -248,7 +258,7 @@ class Trainer:
             generator = torch.Generator().manual_seed(int(random.integers(2**62)))
             x = Compact.normalise(augment.photo(stored, self.config.model.side, generator, strength=self.config.augment))
         if self.texts_used:
-            tokens = tokenize([self._noisy(self.corpus.titles[r], random) for r in rows[text_rows]], self.config.model.text_length)
+            tokens = tokenize([self._noisy(self.corpus.titles[int(r)], random) for r in rows[text_rows]], self.config.model.text_length)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
             h = self.net(x, torch.from_numpy(image_rows), tokens, torch.from_numpy(text_rows), len(rows))
         return h.float()
@@ -282,7 +292,7 @@ class Trainer:
                 stored = torch.from_numpy(self.corpus.pixels(block[image_rows], self.config.model.side * 4 // 3))
                 x = Compact.normalise(augment.photo(stored, self.config.model.side, torch.Generator(), strength=0.0))
             if len(text_rows):
-                tokens = tokenize([self.corpus.titles[r] for r in block[text_rows]], self.config.model.text_length)
+                tokens = tokenize([self.corpus.titles[int(r)] for r in block[text_rows]], self.config.model.text_length)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
                 parts.append(self.model(x, torch.from_numpy(image_rows), tokens, torch.from_numpy(text_rows), len(block)).float())
         self.model.train()
@@ -299,14 +309,12 @@ class Trainer:
         return F.normalize(sums, dim=1)
 
     def held_recall(self) -> float | None:
-        """R@1 on the held-back slice, the first picture of each product being its gallery; None without one."""
+        """R@1 on the held-back slice by the reader that will be served; the first picture of each product is its gallery."""
         if self.corpus.held_fetch is None:
             return None
         data, products = self.corpus.held_fetch()
         if len(set(products.tolist())) < 2:
             return None
-        from train.embedder import Embedder  # the reader is what will be served, so it is what is measured
-
         vectors = Embedder(self.model).encode(data, None)
         self.model.train()
         first = np.unique(products, return_index=True)[1]

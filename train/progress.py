@@ -42,4 +42,4 @@ def bar(title: str) -> Iterator[Any]:
         finally:
             over.set()
             thread.join(5)
-            ray.kill(board)
+            ray.kill(board)  # pyright: ignore[reportArgumentType]

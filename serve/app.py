@@ -1,0 +1,251 @@
+"""Ray Serve wiring: `build(args) -> Application`, one deployment for each part of a release.
+
+Gateway (HTTP) -> Embedder (dynamic batches) -> ShardSearcher-0, ShardSearcher-1, ... at once -> Reranker. Each has its own
+autoscaling, its own bound on requests in work and in wait, and its own health check. Also by hand:
+
+    serve run serve.app:build release=out/demo/releases
+"""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import ray.serve
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from idem import manifest
+from idem.types import Document, Hit, Query, Ranking
+from index.release import Release
+from index.searcher import Shard
+from pipelines.items import open_items
+from serve import engine
+from serve.api import Picture, create_gateway
+from serve.engine import Answer
+from serve.flow import RERANK, Flow, Overloaded, PartError, Unanswerable
+from serve.intake import Limits
+
+NAME = "idem"
+PROBE_S = 2.0
+ABOUT_ITEM = ("item_id", "product_id", "family_id", "category", "title", "lang", "role", "style", "width", "height")
+
+
+class Scale(BaseModel):
+    """Of one deployment. max_ongoing_requests: in work in one replica; max_queued_requests: in wait at each caller, more are refused.
+
+    num_cpus are shares that Ray reserves, not a bound; so small that every part fits on two cores.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    target_ongoing_requests: float = Field(default=4, gt=0)
+    max_ongoing_requests: int = Field(default=8, ge=1)
+    max_queued_requests: int = Field(default=64, ge=0)
+    num_cpus: float = Field(default=0.1, ge=0)
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=120, ge=0)
+
+    def options(self) -> dict[str, Any]:
+        scaling = ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
+        return {
+            "autoscaling_config": {name: getattr(self, name) for name in scaling},
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "backpressure_config": {"status_code": 503, "retry_after_s": 1},
+            "ray_actor_options": {"num_cpus": self.num_cpus},
+            "health_check_period_s": 5,
+            "health_check_timeout_s": 30,
+            "graceful_shutdown_timeout_s": 5,
+            "graceful_shutdown_wait_loop_s": 0.2,
+            "max_constructor_retry_count": 3,
+        }
+
+
+class ServiceConfig(BaseModel):
+    """release: its folder, or root/releases for the current one. depth: products that the reranker sees.
+
+    timeout_ms bounds a request: a reranker that is late is done without. shard_timeout_ms bounds one shard.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    release: str
+    depth: int = Field(default=engine.DEPTH, ge=1)
+    mode: Literal["listwise", "pointwise"] = "listwise"
+    rows_per_product: int = Field(default=engine.ROWS_PER_PRODUCT, ge=1)
+    timeout_ms: int = Field(default=5000, ge=1)
+    shard_timeout_ms: int = Field(default=1000, ge=1)
+    max_batch: int = Field(default=16, ge=1)
+    batch_wait_ms: float = Field(default=4, ge=0)
+    limits: Limits = Limits()
+    gateway: Scale = Scale(max_replicas=1, target_ongoing_requests=32, max_ongoing_requests=64, max_queued_requests=256)
+    embedder: Scale = Scale(target_ongoing_requests=16, max_ongoing_requests=32, num_cpus=0.2)
+    searcher: Scale = Scale(target_ongoing_requests=8, max_ongoing_requests=16)
+    reranker: Scale = Scale(target_ongoing_requests=2, max_ongoing_requests=2, max_queued_requests=16, num_cpus=0.2)
+
+
+class Embedder:
+    """Queries that arrive together are encoded together."""
+
+    def __init__(self, path: str, max_batch: int, batch_wait_ms: float) -> None:
+        self.encoder = engine.load_encoder(path)
+        self.worker = ThreadPoolExecutor(1)
+        self.batch.set_max_batch_size(max_batch)  # pyright: ignore[reportAttributeAccessIssue]
+        self.batch.set_batch_wait_timeout_s(batch_wait_ms / 1e3)  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def embed(self, query: Query) -> np.ndarray | str:
+        return await self.batch(query)
+
+    @ray.serve.batch
+    async def batch(self, queries: list[Query]) -> list[np.ndarray | str]:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, engine.embed_apart, self.encoder, queries)
+
+    async def ping(self) -> bool:
+        return True
+
+    async def check_health(self) -> None:
+        vector = await asyncio.get_running_loop().run_in_executor(self.worker, engine.embed, self.encoder, [Query(text="health")])
+        if not np.isfinite(vector).all():
+            raise RuntimeError("the embedder gives vectors that are not finite")
+
+
+class ShardSearcher:
+    """One FAISS shard, on one thread."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        self.shard = Shard.open(folder, number)
+
+    async def search(self, vector: np.ndarray, k: int) -> list[Hit]:
+        return (await asyncio.to_thread(self.shard.search, vector, k))[0]
+
+    async def ping(self) -> bool:
+        return True
+
+    async def check_health(self) -> None:
+        await self.search(np.zeros((1, self.shard.dim), np.float32), 1)
+
+
+class Reranker:
+    """One comparison at a time; the pictures of the candidates are fetched here. What is cancelled while it waits is never begun."""
+
+    def __init__(self, release: Release, mode: Literal["listwise", "pointwise"]) -> None:
+        assert release.reranker
+        self.reranker = engine.load_reranker(release.reranker, release.embedder)
+        self.items = open_items(release.items, release.items_version)
+        self.mode: Literal["listwise", "pointwise"] = mode
+        self.worker = ThreadPoolExecutor(1)
+
+    async def rerank(self, query: Query, hits: Sequence[Hit]) -> Ranking:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.worker, engine.rerank, self.reranker, self.items, query, hits, self.mode)
+
+    async def ping(self) -> bool:
+        return True
+
+    async def check_health(self) -> None:
+        documents = [Document(item_id=str(i), text="health", image=None, score=0.0) for i in range(2)]
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.worker, self.reranker.rerank, Query(text="health"), documents)
+
+
+async def call(part: str, handle: Any, *arguments: Any) -> Any:
+    """Await one method of a deployment. Serve's refusals and faults become those of serve.flow; giving up cancels it there."""
+    response = handle.remote(*arguments)
+    try:
+        return await response
+    except asyncio.CancelledError as error:
+        response.cancel()
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise PartError(f"{part}: its work was cancelled") from error
+    except BackPressureError as error:
+        raise Overloaded(part) from error
+    except RayTaskError as error:
+        raise PartError(f"{part}: {error.cause}") from error
+    except (RayError, RayServeException) as error:
+        raise PartError(f"{part}: {type(error).__name__}") from error
+
+
+@ray.serve.ingress()
+class Gateway:
+    """The HTTP interface over the other deployments: the Backend of serve.api. It lives without torch."""
+
+    def __init__(
+        self, config: ServiceConfig, release: Release, embedder: DeploymentHandle, shards: list[DeploymentHandle], reranker: Any = None
+    ) -> None:
+        self.config, self.release = config, release.name
+        self.items = open_items(release.items, release.items_version)
+        self.parts = {"embedder": embedder, **{f"shard-{i}": shard for i, shard in enumerate(shards)}}
+        if reranker is not None:
+            self.parts[RERANK] = reranker
+        self.flow = Flow(
+            embed=self._embed,
+            shards={name: self._searching(name) for name in self.parts if name.startswith("shard-")},
+            rerank=self._rerank if reranker is not None else None,
+            timeout_s=config.timeout_ms / 1e3,
+            shard_timeout_s=config.shard_timeout_ms / 1e3,
+            rows_per_product=config.rows_per_product,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_gateway(self, limits=self.config.limits, depth=self.config.depth)
+
+    async def _embed(self, query: Query) -> np.ndarray:
+        vector = await call("embedder", self.parts["embedder"].embed, query)
+        if isinstance(vector, str):
+            raise Unanswerable(vector)
+        return vector[None]
+
+    def _searching(self, name: str) -> Any:
+        return lambda vector, k: call(name, self.parts[name].search, vector, k)
+
+    async def _rerank(self, query: Query, hits: list[Hit]) -> Ranking:
+        return await call(RERANK, self.parts[RERANK].rerank, query, hits)
+
+    async def search(self, query: Query, *, top_k: int, rerank: bool, depth: int) -> Answer:
+        return await self.flow.search(query, top_k=top_k, rerank=rerank, depth=depth)
+
+    async def item(self, item_id: str) -> dict[str, Any] | None:
+        return await asyncio.to_thread(self._row, item_id, ABOUT_ITEM)
+
+    async def picture(self, item_id: str) -> Picture | None:
+        row = await asyncio.to_thread(self._row, item_id, ("image", "mime"))
+        return Picture(data=row["image"], mime=row["mime"]) if row and row["image"] else None
+
+    def _row(self, item_id: str, columns: Sequence[str]) -> dict[str, Any] | None:
+        try:
+            return self.items.take([item_id], columns).to_pylist()[0]
+        except ValueError:  # how Items says that it is not there
+            return None
+
+    async def ready(self) -> dict[str, bool]:
+        """Whether each part answers; one that is too busy to is there."""
+        return dict(zip(self.parts, await asyncio.gather(*map(self._answers, self.parts)), strict=True))
+
+    async def _answers(self, part: str) -> bool:
+        try:
+            return await asyncio.wait_for(call(part, self.parts[part].ping), PROBE_S)
+        except Overloaded:
+            return True
+        except (PartError, TimeoutError):
+            return False
+
+
+def deployed(cls: Any, name: str, scale: Scale) -> Any:
+    return ray.serve.deployment(cls, name=name, **scale.options())
+
+
+def build(args: ServiceConfig) -> ray.serve.Application:
+    """The service of one release. ValueError where the release is damaged or was not made."""
+    release = Release.open(args.release)
+    count = len(manifest.read(release.index, kind="index").files) // 2
+    embedder = deployed(Embedder, "Embedder", args.embedder).bind(release.embedder, args.max_batch, args.batch_wait_ms)
+    shards = [deployed(ShardSearcher, f"ShardSearcher-{i}", args.searcher).bind(release.index, i) for i in range(count)]
+    reranker = deployed(Reranker, "Reranker", args.reranker).bind(release, args.mode) if release.reranker else None
+    return deployed(Gateway, "Gateway", args.gateway).bind(args, release, embedder, shards, reranker)

@@ -1,0 +1,110 @@
+"""Jobs as child processes: started apart from the terminal's Ctrl-C, heard out, and ended with all that they started."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+PATIENCE_S = (20.0, 10.0)  # after SIGINT, after SIGTERM; then SIGKILL
+
+
+class JobFailed(ValueError):
+    """A job ended with another code than 0; `code` is its exit code, 128 + n where signal n ended it."""
+
+    def __init__(self, job: str, code: int, said: str) -> None:
+        super().__init__(f"{job} failed: {said}")
+        self.code = code
+
+
+class Child:
+    """`python -m <job> ...` with standard error on the terminal; the last JSON line of its standard output is its result."""
+
+    def __init__(self, job: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        self.job = job
+        self.figures: dict[str, Any] = {}
+        # A session of its own: Ctrl-C reaches the demo alone, which then ends its children in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", job, *arguments], stdout=subprocess.PIPE, text=True, env=dict(env), start_new_session=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                if isinstance(said := json.loads(line), dict):
+                    self.figures = said
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the end; the JSON line, or JobFailed with what it says is wrong."""
+        code = self._process.wait()
+        self._reader.join(5)
+        if code == 0 and self.figures.get("ok"):
+            return self.figures
+        code = 128 - code if code < 0 else code or 1
+        raise JobFailed(self.job, code, str(self.figures.get("error") or f"it ended with exit code {code} and no word"))
+
+    def stop(self) -> None:
+        """Ask it to end, then make it; also whatever it started. Safe to call twice."""
+        for number, patience in zip((signal.SIGINT, signal.SIGTERM), PATIENCE_S, strict=True):
+            if self.ended():
+                break
+            self._process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+        # The session's process group outlives its leader while anything that it started is alive.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class MemoryWatch:
+    """The most memory that this process and all below it held together, looked at once a second.
+
+    It is the sum of PSS: what processes share (the object store, libraries) is counted once, however many map it.
+    """
+
+    COUNTED = "sum of PSS over all processes, once a second"
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.peak_mb = 0.0
+        self._over = threading.Event()
+        self._seconds = seconds
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._seconds):
+            self.peak_mb = max(self.peak_mb, tree_mb())
+
+
+def tree_mb() -> float:
+    """PSS of this process and all below it, in MiB; a process that ends while it is looked at counts as gone."""
+    own = psutil.Process()
+    total = 0
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += process.memory_full_info().pss
+    return total / 2**20

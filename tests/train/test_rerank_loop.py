@@ -1,0 +1,216 @@
+"""Drawing batches, the loop alone and resumed, a loss that breaks, and the choice of what is served."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from idem import schema
+from train import rerank_loop, rerank_select
+from train.rerank_data import KINDS, Lists, Pool, draw, lists, served
+from train.rerank_loop import RerankConfig
+from train.rerank_merge import Scored, arrange, probability
+from train.rerank_model import Batch
+from train.rerank_score import score
+
+PRODUCTS, PHOTOS, PLACES, CHANNELS = 24, 4, 4, 8
+CONFIG = RerankConfig(root="", steps=60, minutes=5, batch=8, width=16, layers=1, heads=2, match=8, chunk=5, depth=12, lr=3e-3)
+
+
+def synthetic(seed: int = 0) -> tuple[Pool, dict[str, Lists]]:
+    """Products are patterns over places; a cosine that is nearly noise, so that what can be learnt is in the pictures."""
+    random = np.random.default_rng(seed)
+    patterns = random.normal(size=(PRODUCTS, PLACES, CHANNELS))
+    pictures = np.repeat(patterns, PHOTOS, 0) + 0.3 * random.normal(size=(PRODUCTS * PHOTOS, PLACES, CHANNELS))
+    products = np.repeat(np.arange(PRODUCTS), PHOTOS)
+    texts = random.integers(4, 260, (len(products), 12)).astype(np.int16)
+    pool = Pool(places=pictures.astype(np.float16), pictured=np.ones(len(products), bool), texts=texts)
+    half = products < PRODUCTS // 2
+    return pool, {"rerank": _fold(np.flatnonzero(half), products, random), "calibrate": _fold(np.flatnonzero(~half), products, random)}
+
+
+def _fold(rows: np.ndarray, products: np.ndarray, random: np.random.Generator) -> Lists:
+    documents = np.array([random.permutation(rows[rows != row])[:20] for row in rows])
+    documents[:, 0] = np.where(rows % PHOTOS == 0, rows + 1, rows - 1)  # every list holds the right product
+    levels = np.where(products[documents] == products[rows][:, None], 0, 3).astype(np.int8)
+    cosines = (0.1 * (levels == 0) + random.uniform(0, 0.6, (3, *levels.shape))).astype(np.float32)
+    return Lists(
+        queries=rows, documents=documents, cosines=cosines, levels=levels, products=products[documents], families=products[rows] // 2
+    )
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+
+
+def fresh(config: RerankConfig = CONFIG) -> tuple[Pool, dict[str, Lists], rerank_loop.State]:
+    pool, made = synthetic()
+    return pool, made, rerank_loop.start(config, config.shape(PLACES, CHANNELS, 260), pool, made["rerank"])
+
+
+def test_a_batch_depends_on_seed_step_and_slot_alone() -> None:
+    pool, made = synthetic()
+    told = {"seed": 3, "chunk": 5, "settings": CONFIG}
+    whole = draw(pool, made["rerank"], slots=range(4), step=7, **told)
+    assert same(whole, draw(pool, made["rerank"], slots=range(4), step=7, **told))
+    parts = [draw(pool, made["rerank"], slots=slots, step=7, **told) for slots in ([0, 1], [2, 3])]
+    assert torch.equal(whole.d_image, torch.cat([p.d_image for p in parts]))
+    assert torch.equal(whole.level, torch.cat([p.level for p in parts]))
+    assert not same(whole, draw(pool, made["rerank"], slots=range(4), step=8, **told))
+
+
+def test_drawn_comparisons_are_what_they_say() -> None:
+    pool, made = synthetic()
+    batch = draw(pool, made["rerank"], slots=range(200), seed=0, step=0, chunk=5, settings=CONFIG)
+    there = batch.level >= 0
+    assert (there.sum(1) >= 2).all()
+    assert not batch.d_mask[~there].any(), "nothing is seen where there is no document"
+    assert 0.1 < (~(batch.level == 0).any(1)).float().mean() < 0.7, "NULL is sometimes right"
+    pictured, texted = batch.q_mask.any(1), (batch.q_text > 0).any(1)
+    assert (pictured | texted).all()
+    assert 0.5 < (pictured & ~texted).float().mean() < 0.9
+    assert (~pictured & texted).any()
+
+
+def test_two_workers_on_half_a_batch_have_the_gradient_of_one() -> None:
+    pool, made, state = fresh()
+
+    def gradient(slots: range) -> torch.Tensor:
+        batch = draw(pool, made["rerank"], slots=slots, seed=0, step=0, chunk=5, settings=CONFIG)
+        state.model.zero_grad()
+        rerank_loop.losses(state.model, batch)["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
+
+    one, two = gradient(range(8)), (gradient(range(4)) + gradient(range(4, 8))) / 2
+    difference = float((one - two).abs().max() / one.abs().max())
+    assert difference < 1e-4, difference
+
+
+def test_training_learns_what_the_cosine_does_not_say() -> None:
+    pool, made, state = fresh()
+    rerank_loop.train(state, CONFIG, pool, made["rerank"], made["calibrate"])
+    assert state.step == 60
+    assert state.best_step > 0
+    looks = [c["calibrate_pairwise"] for c in state.curves if "calibrate_pairwise" in c]
+    assert min(looks) < 0.7 * looks[0]
+    state.model.load_state_dict(state.best)
+    settings = rerank_select.judge(state.model.eval(), CONFIG, pool, made["calibrate"])
+    said = rerank_select.summary(settings["image"])
+    assert said["served"] != "retrieval"
+    assert said["chosen"]["R@1"] > said["retrieval"]["R@1"] + 0.2
+    assert set(settings) == set(KINDS)
+
+
+def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 12, "evaluations": 3, "minutes": 1e6})
+    pool, made, state = fresh(config)
+    saved: list[int] = []
+
+    def report(figures: dict[str, object], due: bool) -> None:
+        if due and not saved and state.step > 4:
+            saved.append(state.step)
+            state.save(tmp_path)
+
+    rerank_loop.train(state, config, pool, made["rerank"], made["calibrate"], report=report)
+    _, _, again = fresh(config)
+    again.restore(tmp_path)
+    assert again.step == saved[0]
+    rerank_loop.train(again, config, pool, made["rerank"], made["calibrate"])
+    difference = max(float((a - b).abs().max()) for a, b in zip(state.model.parameters(), again.model.parameters(), strict=True))
+    assert difference < 1e-6, difference
+    assert [c["step"] for c in again.curves] == [c["step"] for c in state.curves]
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights() -> None:
+    pool, made, state = fresh()
+
+    def spoil(figures: dict[str, object], due: bool) -> None:
+        if state.step == 30:
+            with torch.no_grad():
+                state.model.scale.fill_(torch.nan)
+
+    rerank_loop.train(state, CONFIG, pool, made["rerank"], made["calibrate"], report=spoil)
+    assert "not finite at step 30" in state.failed
+    assert all(value.isfinite().all() for value in state.best.values())
+
+
+def test_untrained_what_is_served_is_retrieval() -> None:
+    pool, made, state = fresh()
+    settings = rerank_select.judge(state.model.eval(), CONFIG, pool, made["calibrate"])
+    for kind in KINDS:
+        assert rerank_select.summary(settings[kind])["served"] == "retrieval"
+        assert len(settings[kind].table) == len(rerank_select.CHOICES)
+
+
+def test_lists_are_read_from_candidates() -> None:
+    columns = {
+        "query_id": ["a", "b"],
+        "fold": ["rerank", "rerank"],
+        "item_ids": [["c", "a", "b"], ["c"]],
+        "scores": [[0.9, 0.8, 0.7], [0.2]],
+        "levels": [[3, 0, 0], [1]],
+    }
+    vectors, codes = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, codes, codes, vectors, vectors)
+    assert made.documents.tolist() == [[2, 1, -1], [2, -1, -1]], "a query is no answer to itself"
+    assert made.levels.tolist() == [[3, 0, -1], [1, -1, -1]]
+    assert made.cosines[0].round(4).tolist() == [[0.9, 0.7, 0.0], [0.2, 0.0, 0.0]] or np.allclose(made.cosines[0][:, 0], [0.9, 0.2])
+    assert served(made, 0, "image", 20).tolist() == [0, 1]
+
+
+def test_a_service_sees_the_best_row_of_each_product() -> None:
+    _, made = synthetic()
+    shown = served(made["rerank"], 3, "image", 6)
+    products = made["rerank"].products[3][shown]
+    cosine = made["rerank"].cosines[0, 3]
+    assert len(set(products.tolist())) == len(products) == 6
+    assert (np.diff(cosine[shown]) <= 0).all()
+    assert all(cosine[made["rerank"].products[3] == p].max() == cosine[i] for p, i in zip(products, shown, strict=True))
+
+
+def test_long_lists_are_scored_in_slices_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, made, state = fresh()
+    batch = draw(pool, made["rerank"], slots=[0], seed=0, step=0, chunk=18, settings=CONFIG)
+    one = score(state.model.eval(), batch, chunk=5)
+    monkeypatch.setattr("train.rerank_score.SLICE", 4)
+    two = score(state.model, batch, chunk=5)
+    for name in ("local", "null", "logit", "final"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)
+
+
+def _measured(logit_of_right: float, *, queries: int = 60) -> rerank_select.Measured:
+    """Lists of 8 whose right document is second in retrieval; its r and scores are `logit_of_right`, those of others 0."""
+    levels = np.array([3, 0, 3, 3, 3, 3, 3, 3])
+    says = np.where(levels == 0, logit_of_right, 0.0)
+    one = Scored(chunk=5, local=says, null=np.zeros(8), logit=says, finalists=np.arange(5), final=says[:5])
+    return rerank_select.Measured(scored=[one] * queries, levels=[levels] * queries, families=np.arange(queries) // 4)
+
+
+def test_a_reranker_that_harms_is_never_chosen() -> None:
+    choice, table = rerank_select.select(_measured(-1.0))
+    assert choice == rerank_select.RETRIEVAL
+    assert min(row["gain"] for row in table) < 0
+    choice, _ = rerank_select.select(_measured(+1.0))
+    assert arrange(_measured(1.0).scored[0], choice)[0] == 1
+
+
+def test_families_not_queries_are_the_unit_of_the_error() -> None:
+    gain = np.repeat(np.random.default_rng(0).normal(size=25), 4)
+    plain = gain.std(ddof=1) / np.sqrt(len(gain))
+    assert rerank_select.clustered_error(gain, np.arange(100)) == pytest.approx(plain, rel=1e-6)
+    means = gain.reshape(25, 4).mean(1)
+    assert rerank_select.clustered_error(gain, np.arange(100) // 4) == pytest.approx(means.std(ddof=1) / 5, rel=1e-6)
+
+
+def test_temperature_recovers_the_slope_and_bias_of_its_data() -> None:
+    random = np.random.default_rng(0)
+    logit = random.normal(0, 3, 20_000)
+    right = (random.random(len(logit)) < probability(logit, 0.5, -1.0)).astype(float)
+    slope, bias = rerank_select.temperature(logit, right, np.ones(len(logit)))
+    assert slope == pytest.approx(0.5, abs=0.03)
+    assert bias == pytest.approx(-1.0, abs=0.06)
+    slope, bias = rerank_select.temperature(np.array([5.0, 6.0]), np.array([1.0, 1.0]), np.ones(2))
+    assert np.isfinite([slope, bias]).all()
+    assert slope > 0

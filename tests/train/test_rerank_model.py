@@ -1,0 +1,122 @@
+"""The reranker's network: the fast path is the masked sequence; r is a document's own; untrained it is the retrieval."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from train.rerank_model import Batch, ListwiseReranker, Shape
+
+SHAPE = Shape(tokens=36, channels=24, vocabulary=260, width=32, layers=2, heads=4, match=16, text_length=16)
+
+
+def batch(queries: int = 3, documents: int = 7, *, seed: int = 0) -> Batch:
+    """Random pictures and texts; some places dropped, some pictures and texts missing, one document with neither."""
+    g = torch.Generator().manual_seed(seed)
+    d_mask = torch.rand(queries, documents, 36, generator=g) > 0.2
+    d_text = torch.randint(4, 260, (queries, documents, 13), generator=g)
+    d_mask[:, 1], d_mask[:, 2] = False, False
+    d_text[:, 2], d_text[:, 3, 5:] = 0, 0
+    q_mask = torch.rand(queries, 36, generator=g) > 0.1
+    q_text = torch.randint(4, 260, (queries, 9), generator=g)
+    q_mask[1], q_text[0] = False, 0
+    return Batch(
+        q_image=torch.randn(queries, 36, 24, generator=g),
+        q_mask=q_mask,
+        q_text=q_text,
+        d_image=torch.randn(queries, documents, 36, 24, generator=g),
+        d_mask=d_mask,
+        d_text=d_text,
+        cosine=torch.rand(queries, documents, generator=g),
+        level=torch.randint(0, 4, (queries, documents), generator=g),
+    )
+
+
+def of_documents(b: Batch, picks: list[int]) -> Batch:
+    names = ("d_image", "d_mask", "d_text", "cosine", "level")
+    return dataclasses.replace(b, **{name: getattr(b, name)[:, picks] for name in names})
+
+
+@pytest.fixture
+def model() -> ListwiseReranker:
+    """With every weight random: at the start what is learned is zero and would hide all differences."""
+    torch.manual_seed(0)
+    made = ListwiseReranker(SHAPE).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return made
+
+
+@torch.inference_mode()
+def test_blocks_and_full_mask_agree(model: ListwiseReranker) -> None:
+    for one, other in zip(model(batch()), model.forward_full(batch()), strict=True):
+        difference = float((one - other).abs().max())
+        assert difference < 2e-4, difference
+        assert torch.isfinite(one).all()
+
+
+@torch.inference_mode()
+def test_r_depends_on_neither_chunk_mates_nor_order(model: ListwiseReranker) -> None:
+    b = batch()
+    alone = torch.cat([model(of_documents(b, [i]))[2] for i in range(7)], 1)
+    shuffled = model(of_documents(b, [4, 2, 6, 0, 1, 5, 3]))[2][:, [3, 4, 1, 6, 0, 5, 2]]
+    assert float((model(b)[2].softmax(-1) - alone.softmax(-1)).abs().max()) < 1e-4
+    assert float((model(b)[2].softmax(-1) - shuffled.softmax(-1)).abs().max()) < 1e-4
+
+
+@torch.inference_mode()
+def test_local_scores_follow_the_documents_and_do_depend_on_the_others(model: ListwiseReranker) -> None:
+    b = batch()
+    s, null, _ = model(b)
+    order = [4, 2, 6, 0, 1, 5, 3]
+    shuffled, null_shuffled, _ = model(of_documents(b, order))
+    torch.testing.assert_close(shuffled, s[:, order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(null_shuffled, null, atol=1e-4, rtol=0)
+    assert float((model(of_documents(b, [0, 1, 2]))[0] - s[:, :3]).abs().max()) > 1e-3, "a comparison sees the other documents"
+
+
+@torch.inference_mode()
+def test_places_without_a_document_change_nothing(model: ListwiseReranker) -> None:
+    b = batch()
+    level = b.level.clone()
+    level[:, 5:] = -1
+    padded, fewer = model(dataclasses.replace(b, level=level)), model(of_documents(b, [0, 1, 2, 3, 4]))
+    torch.testing.assert_close(padded[0][:, :5], fewer[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded[1], fewer[1], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_padding_of_texts_changes_nothing(model: ListwiseReranker) -> None:
+    b = batch()
+    longer = dataclasses.replace(b, d_text=torch.nn.functional.pad(b.d_text, (0, 3)), q_text=torch.nn.functional.pad(b.q_text, (0, 7)))
+    for one, other in zip(model(b), model(longer), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_untrained_order_is_the_retrievals() -> None:
+    b = batch()
+    s, _, _ = ListwiseReranker(SHAPE).eval()(b)
+    torch.testing.assert_close(s, 20 * b.cosine)
+
+
+def test_index_tokens_are_not_seen_by_what_r_pools() -> None:
+    torch.manual_seed(0)
+    made = ListwiseReranker(SHAPE)
+    with torch.no_grad():
+        made.level[2].weight.normal_()
+    made(batch())[2].sum().backward()
+    assert made.role.grad is not None
+    assert float(made.role.grad[2].abs().max()) == 0
+    assert float(made.role.grad[1].abs().max()) > 0
+
+
+def test_every_weight_takes_part_in_the_losses() -> None:
+    """DistributedDataParallel waits for a gradient of every parameter, also where no query has a text."""
+    made = ListwiseReranker(SHAPE)
+    b = batch()
+    for one in (b, dataclasses.replace(b, q_text=torch.zeros_like(b.q_text), d_text=torch.zeros_like(b.d_text))):
+        made.zero_grad()
+        sum(part.sum() for part in made(one)).backward()
+        assert [name for name, p in made.named_parameters() if p.grad is None] == []

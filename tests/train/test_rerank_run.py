@@ -1,0 +1,157 @@
+"""The job: candidates, items and an embedder in, an artifact out that the reader opens; the identity where there is too little."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from idem import manifest, schema
+from idem.storage import Layout
+from idem.types import Document, Query
+from train import rerank_run
+from train.backbones import Compact, CompactConfig
+from train.embedder import Embedder
+from train.rerank_loop import RerankConfig
+from train.reranker import IdentityReranker, Reranker
+
+TINY = CompactConfig(side=32, widths=(8, 8, 8, 8), dim=16, text_dim=16, text_layers=1)
+PRODUCTS, PHOTOS = 20, 3
+
+
+def picture(product: int, photo: int) -> bytes:
+    """Four coloured quarters, and noise."""
+    quarters = np.random.default_rng(product).integers(0, 255, (2, 2, 3))
+    pixels = np.kron(quarters, np.ones((16, 16, 1))) + np.random.default_rng([product, photo]).normal(0, 25, (32, 32, 3))
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+class FakeItems:
+    """What is needed of pipelines.items.Items."""
+
+    id = "items"
+
+    def __init__(self) -> None:
+        self.rows = {
+            f"p{p}-{i}": {
+                "product_id": f"p{p}",
+                "family_id": f"f{p // 2}",
+                "title": "" if i else f"cup {p}",
+                "image": picture(p, i) if (p, i) != (0, 1) else b"broken",
+            }
+            for p in range(PRODUCTS)
+            for i in range(PHOTOS)
+        }
+
+    def take(self, item_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        return pa.table({c: [self.rows[i][c] for i in item_ids] for c in columns})
+
+
+def candidates(queries: int) -> pa.Table:
+    """The first half of the products is fold rerank; catalogue pictures are the gallery; the cosine is noise."""
+    random = np.random.default_rng(0)
+    rows = []
+    for p in range(PRODUCTS):
+        fold = range(PRODUCTS // 2) if p < PRODUCTS // 2 else range(PRODUCTS // 2, PRODUCTS)
+        for i in range(1, PHOTOS):
+            shown = random.permutation(list(fold)).tolist()
+            scores = np.sort(random.uniform(0, 1, len(shown)))[::-1].tolist()
+            levels = [0 if q == p else 1 if q // 2 == p // 2 else 3 for q in shown]
+            name = "rerank" if p < PRODUCTS // 2 else "calibrate"
+            rows.append({"query_id": f"p{p}-{i}", "fold": name, "item_ids": [f"p{q}-0" for q in shown], "scores": scores, "levels": levels})
+    return pa.Table.from_pylist(rows[:queries], schema=schema.CANDIDATES)
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    monkeypatch.setattr(rerank_run, "open_items", lambda uri: FakeItems())
+    layout = Layout(str(tmp_path))
+    torch.manual_seed(0)
+    made = manifest.Plan(parent=layout.embedder, kind="embedder", config={}, inputs={})
+    Path(made.folder).mkdir(parents=True)
+    save_file(Compact(TINY).state_dict(), Path(made.folder) / "model.safetensors")
+    (Path(made.folder) / "config.json").write_text(json.dumps({"model": TINY.model_dump(), "fractions": [0.7, 0.2, 0.1]}))
+    made.write(figures={}, files=["config.json", "model.safetensors"])
+    return layout
+
+
+def offer(layout: Layout, table: pa.Table) -> None:
+    made = manifest.Plan(parent=layout.candidates, kind="candidates", config={"rows": len(table)}, inputs={})
+    Path(made.folder).mkdir(parents=True)
+    pq.write_table(table, Path(made.folder) / "candidates.parquet")
+    made.write(figures={}, files=["candidates.parquet"])
+
+
+def config(layout: Layout, **changed: object) -> RerankConfig:
+    small = {"steps": 40, "minutes": 5, "width": 16, "layers": 1, "heads": 2, "match": 8, "chunk": 5, "least_queries": 5}
+    return RerankConfig.model_validate({"root": layout.root, **small, **changed})
+
+
+def load(layout: Layout) -> Reranker | IdentityReranker:
+    folder = manifest.current(layout.reranker, kind="reranker")
+    return Reranker.load(folder, embedder_path=manifest.current(layout.embedder, kind="embedder"))
+
+
+def test_too_few_candidates_give_the_identity_and_say_why(layout: Layout) -> None:
+    offer(layout, candidates(24))
+    figures = rerank_run.run(config(layout))
+    assert figures["identity"]
+    assert "'calibrate' has 4 queries" in figures["reason"]
+    assert isinstance(load(layout), IdentityReranker)
+    assert rerank_run.run(config(layout))["skipped"]
+
+
+def test_an_empty_table_gives_the_identity(layout: Layout) -> None:
+    offer(layout, candidates(0))
+    assert rerank_run.run(config(layout))["identity"]
+
+
+def test_too_many_tokens_for_memory_are_refused(layout: Layout) -> None:
+    table = candidates(100)
+    embedder = Embedder(Compact(TINY))
+    embedder.token_shape = (36, 1_000_000)
+    with pytest.raises(ValueError, match=r"rerank\.tokens_mb allows 2,048"):
+        rerank_run.gather(table, FakeItems(), embedder, config(layout))  # type: ignore[arg-type]
+
+
+def test_a_query_with_two_lists_is_refused(layout: Layout) -> None:
+    table = pa.concat_tables([candidates(100), candidates(1)])
+    with pytest.raises(ValueError, match="name 1 queries twice"):
+        rerank_run.gather(table, FakeItems(), Embedder(Compact(TINY)), config(layout))  # type: ignore[arg-type]
+
+
+def test_what_is_gathered_is_what_the_items_hold(layout: Layout) -> None:
+    pool, folds = rerank_run.gather(candidates(100), FakeItems(), Embedder(Compact(TINY)), config(layout))  # type: ignore[arg-type]
+    assert len(pool.pictured) == PRODUCTS * PHOTOS
+    assert (~pool.pictured).sum() == 1, "the broken picture is set aside, the run goes on"
+    assert {name: len(made) for name, made in folds.items()} == {"rerank": 20, "calibrate": 20}
+    assert not set(folds["rerank"].documents.flatten()) & set(folds["calibrate"].documents.flatten())
+    assert (pool.texts.any(1)).sum() == PRODUCTS
+
+
+@pytest.mark.ray
+def test_two_workers_train_what_the_reader_opens(layout: Layout, ray_session: None) -> None:
+    offer(layout, candidates(100))
+    figures = rerank_run.run(config(layout))
+    assert not figures["identity"]
+    assert figures["steps"] == 40
+    assert {"served", "queries", "retrieval", "chosen"} <= set(figures["image"])
+    folder = Path(manifest.current(layout.reranker, kind="reranker"))
+    curves = json.loads((folder / "curves.json").read_text())
+    assert all({"step", "seconds"} <= set(row) for row in curves)
+    assert min(row["calibrate_loss"] for row in curves if "calibrate_loss" in row) < curves[0]["calibrate_loss"]
+    assert not (folder.parent / "checkpoints" / folder.name).exists()
+    shown = [Document(item_id=f"d{p}", text="", image=picture(p, 0), score=p / 10) for p in range(7)]
+    reranker = load(layout)
+    assert isinstance(reranker, Reranker)
+    assert sorted(reranker.rerank(Query(image=picture(3, 1)), shown).order) == list(range(7))
+    assert rerank_run.run(config(layout))["skipped"]

@@ -1,0 +1,206 @@
+"""Trains the reranker: candidates, items and an embedder in, a reranker out, or the identity where there is too little to learn from.
+
+The pictures pass the frozen tower once; the workers of Ray Train share their tokens. What is served is chosen on the calibrate fold.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import ray.train.torch
+from safetensors.torch import load_file, save_file
+
+from idem import cluster, job, manifest, storage
+from pipelines.items import Items, open_items
+from train import progress, rerank_loop, rerank_select
+from train.embedder import Embedder
+from train.rerank_data import Lists, Pool, lists, picture_tokens, text_tokens
+from train.rerank_loop import RerankConfig, State
+from train.rerank_model import ListwiseReranker, Shape
+
+CANDIDATES = "candidates.parquet"
+FOLDS = ("rerank", "calibrate")
+FILES = ["config.json", "model.safetensors", "curves.json"]
+
+
+def too_few(table: pa.Table, config: RerankConfig) -> str:
+    """Why nothing can be learnt from these candidates, or an empty string."""
+    for fold in FOLDS:
+        of_fold = table.filter(pc.equal(table["fold"], fold))
+        usable = sum(0 in levels and len(levels) > 1 for levels in of_fold["levels"].to_pylist())
+        if usable < config.least_queries:
+            return (
+                f"fold {fold!r} has {len(of_fold)} queries, of which {usable} have a right answer among two or more candidates; "
+                f"at least {config.least_queries} are needed (rerank.least_queries)"
+            )
+    return ""
+
+
+def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConfig) -> tuple[Pool, dict[str, Lists]]:
+    """The tokens of every item that the candidates name, and the lists of both folds.
+
+    ValueError where the tokens would take more than rerank.tokens_mb, or a query is in both folds.
+    """
+    asked = table["query_id"].combine_chunks()
+    if len(asked) != len(asked.unique()):
+        raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
+    ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
+    needed = len(ids) * int(np.prod(embedder.token_shape)) * 2 >> 20
+    if needed > config.tokens_mb:
+        raise ValueError(
+            f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
+            "raise it, or ask fewer queries"
+        )
+    pool, both, text, told = _read(ids, items, embedder, config)
+    rows = {item_id: row for row, item_id in enumerate(ids)}
+    products, families = (np.unique(told[name].to_pylist(), return_inverse=True)[1] for name in ("product_id", "family_id"))
+    made = {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, products, families, both, text) for fold in FOLDS}
+    return pool, made
+
+
+def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig) -> tuple[Pool, np.ndarray, np.ndarray, pa.Table]:
+    """Pool, vectors of the items with all they have and with their text alone, and the table of what they are."""
+    told = items.take(ids, ["product_id", "family_id", "title", "image"])
+    pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
+    places, pictured = picture_tokens(embedder, pictures, progress="picture tokens")
+    texts = np.zeros((len(ids), config.text_length), np.int16)
+    tokens = text_tokens(embedder, titles, config.text_length).numpy()
+    texts[:, : tokens.shape[1]] = tokens
+    seen = [data if there else None for data, there in zip(pictures, pictured, strict=True)]
+    both = _vectors(embedder, seen, titles, "vectors")
+    text = _vectors(embedder, None, titles, "")
+    return Pool(places=places, pictured=pictured, texts=texts), both, text, told.select(["product_id", "family_id"])
+
+
+def _vectors(embedder: Embedder, pictures: list[bytes | None] | None, titles: list[str], progress: str) -> np.ndarray:
+    """(n, D); zero for what has nothing to encode."""
+    some = [i for i, title in enumerate(titles) if title or (pictures and pictures[i])]
+    vectors = np.zeros((len(titles), embedder.dim), np.float32)
+    if some:
+        vectors[some] = embedder.encode([pictures[i] for i in some] if pictures else None, [titles[i] for i in some], progress=progress)
+    return vectors
+
+
+def _worker(told: dict[str, Any]) -> None:
+    """One worker of Ray Train: restore, train, report."""
+    config, shape = RerankConfig(**told["config"]), Shape(**told["shape"])
+    pool, train, calibrate = (ray.get(told[name]) for name in ("pool", *FOLDS))
+    context = ray.train.get_context()
+    state = rerank_loop.start(config, shape, pool, train)
+    if last := ray.train.get_checkpoint():
+        with last.as_directory() as folder:
+            state.restore(Path(folder))
+    shown = 0.0
+
+    def report(figures: dict[str, Any], due: bool) -> None:
+        nonlocal shown
+        rank = context.get_world_rank()
+        if rank == 0 and time.monotonic() - shown > 1:
+            shown = time.monotonic()
+            told["board"].put.remote({k: v for k, v in figures.items() if k in ("progress", "step", "loss")})
+        if due:
+            _report(state, figures, rank)
+
+    rerank_loop.train(state, config, pool, train, calibrate, rank=context.get_world_rank(), world=context.get_world_size(), report=report)
+
+
+def _report(state: State, figures: dict[str, Any], rank: int) -> None:
+    """Every worker reports; worker 0 alone has files to give, since all hold the same weights."""
+    if rank:
+        ray.train.report(figures)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder))
+        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def fit(config: RerankConfig, shape: Shape, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
+    """Run Ray Train; the folder of its last checkpoint (see State.save). A run of the same name goes on where it was cut off."""
+    with progress.bar("reranker") as board:
+        told = {"config": config.model_dump(), "shape": shape.model_dump(), "board": board, "pool": ray.put(pool)}
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={**told, **{fold: ray.put(made[fold]) for fold in FOLDS}},
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers),
+            torch_config=ray.train.torch.TorchConfig(backend="gloo"),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        result = trainer.fit()
+    if result.checkpoint is None:
+        raise RuntimeError("reranker training ended without a checkpoint")
+    return Path(result.checkpoint.path)
+
+
+def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], curves: list[dict[str, Any]]) -> None:
+    out = storage.local_path(made.folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(said, indent=1))
+    (out / "curves.json").write_text(json.dumps(curves))
+    save_file(weights, out / "model.safetensors")
+
+
+def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder) -> dict[str, Any]:
+    pool, folds = gather(table, items, embedder, config)
+    shape = config.shape(*embedder.token_shape, embedder.vocabulary)
+    checkpoints = storage.local_path(storage.join(made.parent, "checkpoints")).absolute()
+    cluster.connect(num_cpus=config.workers)
+    folder = fit(config, shape, pool, folds, name=made.id, storage_path=str(checkpoints))
+    state = json.loads((folder / "state.json").read_text())
+    if state["failed"]:
+        raise ValueError(f"reranker training failed: {state['failed']} in {folder / 'best.safetensors'}; a smaller rerank.lr may help")
+    weights = load_file(folder / "best.safetensors")
+    model = ListwiseReranker(shape)
+    model.load_state_dict(weights)
+    settings = rerank_select.judge(model.eval(), config, pool, folds["calibrate"])
+    figures = {
+        "identity": False,
+        "queries": {fold: len(folds[fold]) for fold in FOLDS},
+        "pictures": int(pool.pictured.sum()),
+        "steps": state["step"],
+        "best_step": state["best_step"],
+        "train_seconds": round(state["seconds"], 1),
+        "parameters": sum(value.numel() for value in weights.values()),
+        **{kind: rerank_select.summary(served) for kind, served in settings.items()},
+    }
+    said = {"identity": False, "embedder": embedder.id, "chunk": config.chunk, "shape": shape.model_dump()}
+    publish(made, {**said, "served": {kind: served.model_dump() for kind, served in settings.items()}}, weights, state["curves"])
+    made.write(figures=figures, files=FILES)
+    shutil.rmtree(checkpoints / made.id, ignore_errors=True)
+    return figures
+
+
+def run(config: RerankConfig) -> dict[str, Any]:
+    layout = storage.Layout(config.root)
+    items = open_items(layout.items)
+    candidates = manifest.current(layout.candidates, kind="candidates")
+    embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
+    inputs = {"items": items.id, "embedder": embedder.id, "candidates": manifest.read(candidates, kind="candidates").id}
+    made = manifest.Plan(parent=layout.reranker, kind="reranker", config=config.settings(), inputs=inputs)
+    if before := made.finished():
+        return {**before.figures, "skipped": True}
+    table = pq.read_table(storage.local_path(storage.join(candidates, CANDIDATES)))
+    if why := too_few(table, config):
+        figures = {"identity": True, "reason": why}
+        publish(made, {**figures, "embedder": embedder.id}, {}, [])
+        made.write(figures=figures, files=FILES)
+        return figures
+    return _train(config, made, table, items, embedder)
+
+
+if __name__ == "__main__":
+    sys.exit(job.main("train.rerank_run", "rerank", RerankConfig, run))

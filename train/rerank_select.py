@@ -1,0 +1,165 @@
+"""Which order is served, and what r means, decided on the calibrate fold alone and written down with all that was tried."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
+
+from idem import metrics
+from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, served
+from train.rerank_loop import RerankConfig
+from train.rerank_merge import MERGES, Choice, Scored, arrange, probability
+from train.rerank_model import ListwiseReranker
+from train.rerank_score import score
+
+RETRIEVAL = Choice(blend=0.0, last=False)
+CHOICES = (RETRIEVAL, *(Choice(merge=m, last=last, blend=b) for m in MERGES for last in (False, True) for b in (0.25, 0.5, 0.75, 1.0)))
+ABSENT = 0.3  # weight of the case that a query's product is not in the gallery, as in METHOD.md section 4
+
+
+class Served(BaseModel):
+    """What is served for one kind of query, and why.
+
+    r = sigmoid(slope * logit + bias). table: every choice that was tried; gain is over retrieval in the mean of R@1 and
+    nDCG@10, error its standard error with families as the unit, clear whether the one exceeds the other as far as was asked.
+    calibration: of r on the first answers of the very fold that it was fitted on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    choice: Choice = RETRIEVAL
+    slope: float = 1.0
+    bias: float = 0.0
+    queries: int = 0
+    table: list[dict[str, Any]] = []
+    calibration: dict[str, float] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Lists of one kind of query, scored: levels of the documents in canonical order, and the family of the query."""
+
+    scored: list[Scored]
+    levels: list[np.ndarray]
+    families: np.ndarray
+
+
+def measure(model: ListwiseReranker, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
+    """Score at most `queries` lists, spread over the families, as the service would."""
+    able = (pool.texts[source.queries].any(1) | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text"))
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(able))[:queries]
+    scored, levels = [], []
+    for query in tqdm(chosen, desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5):
+        numbers = served(source, int(query), kind, depth)
+        cosine = source.cosines[KINDS.index(kind), query][numbers][None]
+        found = source.levels[query][numbers]
+        batch = assemble(pool, source.queries[[query]], [kind], source.documents[query][numbers][None], cosine, found[None])
+        scored.append(score(model, batch, chunk=chunk))
+        levels.append(found)
+    return Measured(scored=scored, levels=levels, families=source.families[chosen])
+
+
+def clustered_error(gain: np.ndarray, families: np.ndarray) -> float:
+    """Standard error of the mean of `gain`, with families as the unit: queries of one family are not independent."""
+    _, codes = np.unique(families, return_inverse=True)
+    sums = np.bincount(codes, weights=gain - gain.mean())
+    groups = max(len(sums), 2)
+    return float(np.sqrt((sums**2).sum() * groups / (groups - 1)) / len(gain))
+
+
+def quality(levels: np.ndarray) -> tuple[float, float, float]:
+    """R@1, nDCG@10 over the candidates, and their mean, which is what is chosen by."""
+    recall, ndcg = metrics.recall_at(levels, 1), metrics.ndcg_at(levels, 10, np.bincount(levels, minlength=metrics.LEVELS))
+    return recall, ndcg, (recall + ndcg) / 2
+
+
+def select(measured: Measured, *, errors: float = 1.0) -> tuple[Choice, list[dict[str, Any]]]:
+    """The best choice whose gain over retrieval is more than `errors` standard errors, else retrieval's own order; and the table."""
+    results = np.array([[quality(f[arrange(s, c)]) for s, f in zip(measured.scored, measured.levels, strict=True)] for c in CHOICES])
+    table, best = [], 0
+    for i, choice in enumerate(CHOICES):
+        gain = results[i, :, 2] - results[0, :, 2]
+        error = clustered_error(gain, measured.families)
+        clear = bool(gain.mean() > errors * error and results[i, :, 0].mean() >= results[0, :, 0].mean())
+        recall, ndcg, _ = results[i].mean(0).round(4).tolist()
+        figures = {"R@1": recall, "nDCG@10": ndcg, "gain": round(float(gain.mean()), 4), "error": round(error, 4), "clear": clear}
+        table.append({**choice.model_dump(), **figures})
+        if clear and results[i, :, 2].mean() > results[best, :, 2].mean():
+            best = i
+    return CHOICES[best], table
+
+
+def tops(measured: Measured, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logit of the first answer, whether it is right, and its weight: each query with its product there and taken away."""
+    rows = []
+    for scored, levels in zip(measured.scored, measured.levels, strict=True):
+        order = arrange(scored, choice)
+        rows.append((scored.logit[order[0]], levels[order[0]] == 0, 1 - ABSENT))
+        without = [i for i in order if levels[i] > 0]
+        if without:
+            rows.append((scored.logit[without[0]], False, ABSENT))
+    logit, right, weight = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+    return logit, right, weight
+
+
+def temperature(logit: np.ndarray, right: np.ndarray, weight: np.ndarray, *, steps: int = 50) -> tuple[float, float]:
+    """Slope > 0 and bias of r = sigmoid(slope * logit + bias) by Newton's method on the log likelihood (Platt 1999), with
+    weak priors that keep both finite where the answers are all right or all wrong."""
+    theta, prior, strength = np.array([1.0, 0.0]), np.array([1.0, 0.0]), 1.0
+    x = np.stack([logit, np.ones_like(logit)], 1)
+    for _ in range(steps):
+        p = probability(x @ theta)
+        gradient = x.T @ (weight * (p - right)) + strength * (theta - prior)
+        curvature = (x * (weight * p * (1 - p))[:, None]).T @ x + strength * np.eye(2)
+        theta = theta - np.clip(np.linalg.solve(curvature, gradient), -1, 1)
+        theta[0] = max(theta[0], 1e-2)
+    return float(theta[0]), float(theta[1])
+
+
+def calibration(measured: Measured, choice: Choice, slope: float, bias: float) -> dict[str, float]:
+    """ECE and Brier skill of r on the first answers, on the very fold it was fitted on."""
+    logit, right, weight = tops(measured, choice)
+    pick = np.random.default_rng(0).random(len(logit)) < weight / weight.max()
+    r, happened = probability(logit, slope, bias)[pick], right[pick]
+    return {
+        "ECE": round(metrics.expected_calibration_error(r, happened), 4),
+        "brier_skill": round(metrics.brier_skill(r, happened), 4),
+        "base_rate": round(float(happened.mean()), 4),
+    }
+
+
+def judge(model: ListwiseReranker, config: RerankConfig, pool: Pool, calibrate: Lists) -> dict[Kind, Served]:
+    """What to serve for each kind of query. A kind that the fold has no query of keeps retrieval's order, and r as for pictures."""
+    settings: dict[Kind, Served] = {}
+    for kind in KINDS:
+        most = config.select_queries if kind == KINDS[0] else -(-config.select_queries // 3)
+        measured = measure(model, pool, calibrate, kind=kind, depth=config.depth, chunk=config.chunk, queries=most)
+        if not measured.scored:
+            first = settings.get(KINDS[0], Served())
+            settings[kind] = Served(slope=first.slope, bias=first.bias)
+            continue
+        choice, table = select(measured, errors=config.errors)
+        slope, bias = temperature(*tops(measured, choice))
+        settings[kind] = Served(
+            choice=choice,
+            slope=slope,
+            bias=bias,
+            queries=len(measured.scored),
+            table=table,
+            calibration=calibration(measured, choice, slope, bias),
+        )
+    return settings
+
+
+def summary(served: Served) -> dict[str, Any]:
+    """For the figures of a manifest: what is served, and what it and retrieval alone reach on the calibrate fold."""
+    chosen = [row for row in served.table if all(row[name] == value for name, value in served.choice.model_dump().items())]
+    names = ("R@1", "nDCG@10")
+    return {
+        "served": "retrieval" if served.choice.blend == 0 else served.choice.model_dump(),
+        "queries": served.queries,
+        "retrieval": {name: served.table[0][name] for name in names} if served.table else None,
+        "chosen": {name: chosen[0][name] for name in names} if chosen else None,
+        **served.calibration,
+    }
