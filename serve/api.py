@@ -166,13 +166,14 @@ class Envelope:
         headers = Headers(scope=scope)
         scope.setdefault("state", {})["request_id"] = _request_id(headers)
         declared = headers.get("content-length", "0")
-        read = int(declared) if declared.isdigit() and int(declared) > self.limit else 0
+        refused = declared.isdigit() and int(declared) > self.limit
+        read = 0
 
         async def bounded() -> Message:
             nonlocal read
-            message: Message = {"type": "http.request"} if read else await receive()
+            message: Message = {"type": "http.request"} if refused else await receive()
             read += len(message.get("body", b""))
-            if read > self.limit:
+            if refused or read > self.limit:
                 raise ApiError(413, "request_too_large", f"the request is too large; at most {self.limit:,} bytes are allowed")
             return message
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-PATIENCE_S = (20.0, 10.0)  # after SIGINT, after SIGTERM; then SIGKILL
+PATIENCE_S = 10.0  # after SIGINT; then SIGKILL, which jobs must survive anyway: what has no manifest is made again
 
 
 class JobFailed(ValueError):
@@ -61,12 +61,10 @@ class Child:
 
     def stop(self) -> None:
         """Ask it to end, then make it; also whatever it started. Safe to call twice."""
-        for number, patience in zip((signal.SIGINT, signal.SIGTERM), PATIENCE_S, strict=True):
-            if self.ended():
-                break
-            self._process.send_signal(number)
+        if not self.ended():
+            self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience)
+                self._process.wait(PATIENCE_S)
         # The session's process group outlives its leader while anything that it started is alive.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)

@@ -144,9 +144,9 @@ class Road:
         else:
             figures = child.result()
             self.children.remove(child)
-        self._note(stage, time.perf_counter() - start, skipped=bool(figures.get("skipped")))
+        self.note(stage, time.perf_counter() - start, skipped=bool(figures.get("skipped")))
 
-    def _note(self, stage: Stage, seconds: float, *, skipped: bool) -> None:
+    def note(self, stage: Stage, seconds: float, *, skipped: bool = False) -> None:
         made_in = stages.since(self._before, stage.job) if skipped else None
         self.done.append(StageTime(job=stage.job, title=stage.title, seconds=round(seconds, 1), skipped=skipped, made_in=made_in))
         say(f"      {stages.said(self.done[-1])}")
@@ -214,9 +214,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     require_port(endpoint)
     storage.require_free(root, NEEDED_BYTES + 3 * require_catalog(arguments.catalog))
     storage.require_free(tempfile.gettempdir(), NEEDED_TEMPORARY)
+    start = time.perf_counter()
     with MemoryWatch() as watch, private_cluster() as env:
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave our children behind
         road = Road(arguments.run, root, settings, env, watch)
+        road.note(Stage(job="ray", title="Start Ray"), time.perf_counter() - start)
         try:
             travel(road, plan(catalog=arguments.catalog, endpoint=endpoint), endpoint.url)
             return conclude(road, root, endpoint, stay=not arguments.no_serve)

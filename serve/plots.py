@@ -12,7 +12,7 @@ from serve.measured import Row
 
 COLOURS = ("#a9b2bd", "#d98a29", "#1f5fd6", "#0b7a4b")
 MEASURES = {"held_R@1": "R@1, held back", "calibrate_right": "comparisons won, held back"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: small, sharp and searchable
     "svg.hashsalt": "idem",
     "font.family": "sans-serif",
@@ -45,13 +45,13 @@ def recall(rows: Sequence[Row]) -> bytes:
     """R@K against K for every row."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes()
-        for row, colour in zip(rows, COLOURS, strict=False):
-            axes.plot(range(1, len(row.recall) + 1), row.recall, color=colour, linewidth=2, label=row.name)
+        for row, colour, line in zip(rows, COLOURS, ("-", "-", "-", "--"), strict=False):
+            axes.plot(range(1, len(row.recall) + 1), row.recall, line, color=colour, linewidth=2, label=row.name)
         axes.set(xlabel="K, products shown", ylabel="queries answered within K", ylim=(0, 1.02), xscale="log")
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if rows and k <= len(rows[0].recall)]
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=2, fontsize=9.5)
         return _svg(figure)
 
 
@@ -79,7 +79,7 @@ def training(curve: Sequence[Mapping[str, Any]]) -> bytes:
             handles += right.plot(*_columns(points), color="#16191d", marker="o", markersize=4, linewidth=1.2)
             labels.append(said)
             right.set(ylim=(0, 1), ylabel=said)
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9.5)
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9.5)
         return _svg(figure)
 
 

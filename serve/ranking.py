@@ -13,6 +13,8 @@ from idem import metrics
 DEPTH = 1000  # rankings are cut here: what lies deeper counts as not found
 BLOCK = 1 << 25  # scores held at once: 128 MiB of float32
 
+Strings = Sequence[str] | np.ndarray
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
@@ -26,7 +28,7 @@ class Gallery:
     sizes: np.ndarray  # (p,) rows of each product
 
     @classmethod
-    def of(cls, ids: Sequence[str], products: Sequence[str], families: Sequence[str], categories: Sequence[str]) -> "Gallery":
+    def of(cls, ids: Strings, products: Strings, families: Strings, categories: Strings) -> "Gallery":
         names, first, codes, sizes = np.unique(
             np.asarray(products, dtype=object), return_index=True, return_inverse=True, return_counts=True
         )
@@ -49,7 +51,7 @@ class Gallery:
                 result[at] = level
         return result
 
-    def own_rows(self, query_ids: Sequence[str]) -> list[np.ndarray]:
+    def own_rows(self, query_ids: Strings) -> list[np.ndarray]:
         """The gallery rows that are the query itself, for each query; they never answer it."""
         order = np.argsort(self.ids, kind="stable")
         first, last = (np.searchsorted(self.ids[order], np.asarray(query_ids, dtype=object), side=side) for side in ("left", "right"))

@@ -41,7 +41,7 @@ def documents(gallery: Rows, asked: Sequence[Asked]) -> Iterator[list[Document]]
         pictures = dict(zip(rows.tolist(), gallery.images(rows), strict=True))
         for a in part:
             yield [
-                Document(item_id=gallery.ids[row], text=gallery.texts[row], image=pictures[row], score=float(score))
+                Document(item_id=str(gallery.ids[row]), text=str(gallery.texts[row]), image=pictures[row], score=float(score))
                 for row, score in zip(a.rows.tolist(), a.scores, strict=True)
             ]
 

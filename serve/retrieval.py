@@ -109,8 +109,8 @@ def latency(seconds: Sequence[float] | np.ndarray) -> dict[str, float | int]:
 
 def time_exact(found: Found, encode: Encode, fields: Fields) -> dict[str, float | int]:
     """Embedding and exact search of one query after the other, the first left out as warm-up."""
-    sample = np.arange(min(TIMED + 1, len(found.queries)))
-    seconds = []
+    sample = range(min(TIMED + 1, len(found.queries)))
+    seconds: list[float] = []
     for i, picture in zip(sample, found.queries.images(sample), strict=True):
         start = time.perf_counter()
         vector, _ = encode_batch(encode, [picture], [found.queries.texts[i]], fields)
@@ -124,7 +124,7 @@ def per_style(styles: np.ndarray, rankings: Sequence[np.ndarray], counts: np.nda
     if len(set(styles)) < 2:
         return {}
     parts = {style: np.flatnonzero(styles == style) for style in sorted(set(styles))}
-    made = {style: metrics.summarise([rankings[i] for i in part], counts[part]) for style, part in parts.items()}
+    made = {style: metrics.summarise([rankings[i] for i in part.tolist()], counts[part]) for style, part in parts.items()}
     return {style: {name: m[name] for name in ("queries", "R@1", "R@10", "sibling_R@1")} for style, m in made.items()}
 
 

@@ -3,6 +3,7 @@
 Pictures stay on disk until they are asked for, a batch at a time; everything else is small and is held in memory.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ class Rows:
         place = np.argsort(self.position)
         sorted_positions = self.position[place]
         if not (pictures and self.has_image):
-            yield from ((part, [None] * len(part)) for part in np.split(place, range(BATCH, len(place), BATCH)))
+            for part in np.split(place, range(BATCH, len(place), BATCH)):
+                yield part, list(itertools.repeat(None, len(part)))
             return
         seen = 0
         # one fragment and few batches ahead: a gallery of pictures may be larger than memory
@@ -178,8 +180,8 @@ def per_product(rows: Rows, count: int, seed: int = 0) -> Rows:
     order = np.random.default_rng(seed).permutation(len(rows))
     taken: dict[str, int] = {}
     kept = []
-    for place in order:
-        product = rows.products[place]
+    for place in order.tolist():
+        product = str(rows.products[place])
         taken[product] = taken.get(product, 0) + 1
         if taken[product] <= count:
             kept.append(place)

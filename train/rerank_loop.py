@@ -103,12 +103,13 @@ def start(config: RerankConfig, shape: Shape, pool: Pool, train: Lists) -> State
     if len(rows):
         used = rows[torch.randperm(len(rows))[:500]].numpy()
         model.match.start_from(torch.from_numpy(pool.places[used]).float().flatten(0, 1))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1 and p is not model.scale]
+    large = [model.scale, *model.linear.parameters()]  # weights of cosines end near 10, where others stay below 1
+    apart = {id(p) for p in large}
+    rest = [p for p in model.parameters() if id(p) not in apart]
     groups = [
-        {"params": decayed, "peak": config.lr, "weight_decay": config.weight_decay},
-        {"params": others, "peak": config.lr, "weight_decay": 0.0},
-        {"params": [model.scale], "peak": 30 * config.lr, "weight_decay": 0.0},  # it is near 20 where weights are below 1
+        {"params": [p for p in rest if p.ndim > 1], "peak": config.lr, "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "peak": config.lr, "weight_decay": 0.0},
+        {"params": large, "peak": 30 * config.lr, "weight_decay": 0.0},
     ]
     return State(model=model, optimizer=torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98)))
 
@@ -130,7 +131,8 @@ def held_batches(config: RerankConfig, pool: Pool, calibrate: Lists, *, count: i
 
 
 def losses(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    return rerank_losses.all_of(*net(batch), batch.level)
+    s, null, levels = net(batch)
+    return rerank_losses.all_of(s, null, levels, batch.level)
 
 
 @torch.inference_mode()

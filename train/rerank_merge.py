@@ -6,7 +6,7 @@ Documents are numbered 0..N-1 in canonical order (best retrieval score first), s
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +34,7 @@ class Choice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     merge: Merge = "kway"
     last: bool = True
-    blend: float = Field(1.0, ge=0, le=1)
+    blend: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 def probability(logit: np.ndarray, slope: float = 1.0, bias: float = 0.0) -> np.ndarray:

@@ -147,10 +147,12 @@ class ListwiseReranker(nn.Module):
         self.level = nn.Sequential(nn.Linear(4 * d, d), nn.GELU(), nn.Linear(d, LEVELS))
         self.ask, self.key = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
         self.null_key, self.null_bias = nn.Parameter(0.02 * torch.randn(d)), nn.Parameter(torch.tensor(10.0))
-        for zero in (self.prior[2], self.linear, self.level[2], self.ask):
-            nn.init.zeros_(zero.weight)
-            if zero.bias is not None:
-                nn.init.zeros_(zero.bias)
+        for module in (self.prior[2], self.linear, self.level[2], self.ask):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def _merged(self, patches: Tensor) -> Tensor:
         """(..., T, P) -> (..., T / merge^2, merge^2 * P): neighbouring patches become one token."""
@@ -195,7 +197,7 @@ class ListwiseReranker(nn.Module):
         seen = q_valid.repeat_interleave(count, 0).unsqueeze(1).expand(-1, y.shape[1], -1)
         b_mask = torch.cat([seen, own], 2)
         of_query, of_blocks = [], []
-        for layer in self.layers:
+        for layer in self._layers():
             (kq, vq), (kb, vb) = layer.keys(x), layer.keys(y)
             of_query.append((kq, vq))
             of_blocks.append((kb.unflatten(0, (-1, count)), vb.unflatten(0, (-1, count))))
@@ -245,7 +247,7 @@ class ListwiseReranker(nn.Module):
         b_seen = (encoded.b_valid[rows, picks] & there.unsqueeze(-1)).flatten(2).flatten(0, 1)
         mask = torch.cat([q_seen, b_seen, own], 1).unsqueeze(1)
         x = self.role[3].expand(b * k, 1, -1)
-        for layer, of_query, of_blocks in zip(self.layers, encoded.query, encoded.blocks, strict=True):
+        for layer, of_query, of_blocks in zip(self._layers(), encoded.query, encoded.blocks, strict=True):
             parts = [
                 torch.cat([q.repeat_interleave(k, 0), blocks[rows, picks].flatten(2, 3).flatten(0, 1), o], 1)
                 for q, blocks, o in zip(of_query, of_blocks, layer.keys(x), strict=True)
@@ -273,7 +275,7 @@ class ListwiseReranker(nn.Module):
         count, length = blocks.shape[1:3]
         mask = full_mask(q_valid, b_valid)
         whole = torch.cat([x, blocks.flatten(1, 2), self.role[3].expand(len(x), 1, -1)], 1)
-        for layer in self.layers:
+        for layer in self._layers():
             whole = layer(whole, *layer.keys(whole), mask)
         x, y, answer = self.norm(whole).split([x.shape[1], count * length, 1], 1)
         read = self._read([], [], q_valid, b_valid, x, y.unflatten(1, (count, length)), features)

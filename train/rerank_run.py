@@ -94,7 +94,9 @@ def _vectors(embedder: Embedder, pictures: list[bytes | None] | None, titles: li
 def _worker(told: dict[str, Any]) -> None:
     """One worker of Ray Train: restore, train, report."""
     config, shape = RerankConfig(**told["config"]), Shape(**told["shape"])
-    pool, train, calibrate = (ray.get(told[name]) for name in ("pool", *FOLDS))
+    pool: Any = ray.get(told["pool"])
+    train: Any = ray.get(told["rerank"])
+    calibrate: Any = ray.get(told["calibrate"])
     context = ray.train.get_context()
     state = rerank_loop.start(config, shape, pool, train)
     if last := ray.train.get_checkpoint():

@@ -1,6 +1,7 @@
 import base64
 import io
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -130,6 +131,17 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(client, backend):
 
     refused(client.post("/v1/search", content=endless(), headers={"Content-Type": "application/json"}), 413, "request_too_large")
     assert backend.asked == []
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1000])
+def test_a_body_that_arrives_in_pieces_is_read_whole(client, backend, red, piece):
+    """As over a real network, where the headers come before the picture."""
+    whole = httpx.Request("POST", "http://any", files={"image": ("query", red)}, data={"top_k": "3"})
+    body = whole.read()
+    pieces = (body[at : at + piece] for at in range(0, len(body), piece))
+    answer = client.post("/v1/search", content=pieces, headers={"Content-Type": whole.headers["Content-Type"]})
+    assert answer.status_code == 200, answer.text
+    assert backend.asked[-1][0].image == red
 
 
 def test_faults_behind_the_gateway(client, backend):

@@ -128,7 +128,7 @@ STUBBORN = """
 
 
 def test_a_child_that_will_not_end_is_made_to_with_all_below_it(jobs, monkeypatch):
-    monkeypatch.setattr("serve.children.PATIENCE_S", (0.2, 0.2))
+    monkeypatch.setattr("serve.children.PATIENCE_S", 0.2)
     child = Child("stubborn", [], jobs(stubborn=STUBBORN))
     until = time.monotonic() + 20
     while not child.figures and time.monotonic() < until:

@@ -118,7 +118,7 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
     again.restore(tmp_path)
     assert again.step == saved[0]
     rerank_loop.train(again, config, pool, made["rerank"], made["calibrate"])
-    difference = max(float((a - b).abs().max()) for a, b in zip(state.model.parameters(), again.model.parameters(), strict=True))
+    difference = max(float((a - b).detach().abs().max()) for a, b in zip(state.model.parameters(), again.model.parameters(), strict=True))
     assert difference < 1e-6, difference
     assert [c["step"] for c in again.curves] == [c["step"] for c in state.curves]
 

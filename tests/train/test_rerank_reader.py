@@ -38,7 +38,7 @@ def documents(count: int) -> list[Document]:
     return [Document(item_id=f"i{i}", text=f"a red cup {i}", image=picture(i), score=float(scores[i])) for i in range(count)]
 
 
-def make(served: dict[Kind, Served] = SERVED, **settings: int) -> Reranker:
+def make(served: dict[Kind, Served] = SERVED, *, cache_bytes: int = 1 << 24) -> Reranker:
     torch.manual_seed(0)
     embedder = Embedder(Compact(TINY))
     tokens, channels = embedder.token_shape
@@ -46,7 +46,7 @@ def make(served: dict[Kind, Served] = SERVED, **settings: int) -> Reranker:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    return Reranker(model, embedder, served=served, chunk=10, **settings)
+    return Reranker(model, embedder, served=served, chunk=10, cache_bytes=cache_bytes)
 
 
 @pytest.fixture(scope="module")
