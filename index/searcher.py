@@ -16,6 +16,7 @@ from idem.types import Hit
 from index import release
 from index.merge import best_first, merge
 from index.shard import META_COLUMNS, names
+from index.shard import make_index as make_index  # for later stages, which import of this package its reader alone
 from train.neighbours import nearest
 
 SPARE = 16  # FAISS cuts ties in an order of its own: so many more are fetched and ordered by item_id before the cut

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 
 from idem import metrics
+from index.searcher import make_index
 from serve import ranking
 from serve.encoding import Encode, Fields, encode_batch, encode_rows
 from serve.tables import Rows
@@ -49,14 +49,7 @@ def search_with(factory: str, parameters: str) -> Search:
     """`ranking.rank` by a FAISS index built over the gallery: what it misses is missing from the rankings."""
 
     def search(queries: np.ndarray, vectors: np.ndarray, codes: np.ndarray, own: Sequence[np.ndarray]) -> list[np.ndarray]:
-        try:
-            built = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            built.train(vectors)
-            built.add(vectors)
-            if parameters:
-                faiss.ParameterSpace().set_index_parameters(built, parameters)
-        except RuntimeError as error:
-            raise ValueError(f"the release's kind of index, {factory!r}, cannot be built over {len(vectors)} rows: {error}") from error
+        built = make_index(vectors, factory=factory, parameters=parameters)
         _, rows = built.search(queries, min(ranking.DEPTH, len(vectors)))
         kept = [row[(row >= 0) & ~np.isin(row, mine)] for row, mine in zip(rows, own, strict=True)]
         return [row[metrics.collapse(codes[row].tolist())] for row in kept]

@@ -139,7 +139,7 @@ def test_an_index_that_is_exact_finds_what_exact_search_finds(shop):
     exact, flat = find(*shop), find(*shop, search=retrieval.search_with("Flat", ""))
     for a, b in zip(exact.rankings, flat.rankings, strict=True):
         np.testing.assert_allclose(exact.vectors[a] @ exact.asked[0], exact.vectors[b] @ exact.asked[0], atol=1e-6)
-    with pytest.raises(ValueError, match="'Nonsense', cannot be built over 4 rows"):
+    with pytest.raises(ValueError, match="cannot build factory 'Nonsense' for 4 vectors"):
         find(*shop, search=retrieval.search_with("Nonsense", ""))
 
 
