@@ -16,6 +16,7 @@ from train.rerank_score import score
 
 RETRIEVAL = Choice(blend=0.0, last=False)
 CHOICES = (RETRIEVAL, *(Choice(merge=m, last=last, blend=b) for m in MERGES for last in (False, True) for b in (0.25, 0.5, 0.75, 1.0)))
+COST = 0.01  # of R@1: reranking never costs more than one point
 ABSENT = 0.3  # weight of the case that a query's product is not in the gallery, as in METHOD.md section 4
 
 
@@ -23,7 +24,7 @@ class Served(BaseModel):
     """What is served for one kind of query, and why.
 
     r = sigmoid(slope * logit + bias). table: every choice that was tried; gain is over retrieval in the mean of R@1 and
-    nDCG@10, error its standard error with families as the unit, clear whether the one exceeds the other as far as was asked.
+    nDCG@10, error its standard error with families as the unit, clear whether it was gain enough at no cost (see `select`).
     calibration: of r on the first answers of the very fold that it was fitted on.
     """
 
@@ -75,19 +76,28 @@ def quality(levels: np.ndarray) -> tuple[float, float, float]:
 
 
 def select(measured: Measured, *, errors: float = 1.0) -> tuple[Choice, list[dict[str, Any]]]:
-    """The best choice whose gain over retrieval is more than `errors` standard errors, else retrieval's own order; and the table."""
+    """The gentlest choice that is as good as the best within `errors` standard errors, else retrieval's own order; and the table.
+
+    A choice is clear where it gains on retrieval by more than `errors` standard errors, and where R@1, at its lower end of as
+    many, loses no more than COST. Among the clear ones that cannot be told from the best, the one with the smallest blend is
+    served: the fold's gallery is smaller than the one in service, and what leans least on it carries over best.
+    """
     results = np.array([[quality(f[arrange(s, c)]) for s, f in zip(measured.scored, measured.levels, strict=True)] for c in CHOICES])
-    table, best = [], 0
+    recall, quality_of = results[:, :, 0], results[:, :, 2]
+    table, clear = [], []
     for i, choice in enumerate(CHOICES):
-        gain = results[i, :, 2] - results[0, :, 2]
-        error = clustered_error(gain, measured.families)
-        clear = bool(gain.mean() > errors * error and results[i, :, 0].mean() >= results[0, :, 0].mean())
-        recall, ndcg, _ = results[i].mean(0).round(4).tolist()
-        figures = {"R@1": recall, "nDCG@10": ndcg, "gain": round(float(gain.mean()), 4), "error": round(error, 4), "clear": clear}
-        table.append({**choice.model_dump(), **figures})
-        if clear and results[i, :, 2].mean() > results[best, :, 2].mean():
-            best = i
-    return CHOICES[best], table
+        gain, cost = quality_of[i] - quality_of[0], recall[i] - recall[0]
+        error, cost_error = clustered_error(gain, measured.families), clustered_error(cost, measured.families)
+        good = bool(gain.mean() > errors * error and cost.mean() >= 0 and cost.mean() - errors * cost_error >= -COST)
+        means = {"R@1": round(float(recall[i].mean()), 4), "nDCG@10": round(float(results[i, :, 1].mean()), 4)}
+        table.append({**choice.model_dump(), **means, "gain": round(float(gain.mean()), 4), "error": round(error, 4), "clear": good})
+        clear += [i] if good else []
+    if not clear:
+        return RETRIEVAL, table
+    best = max(clear, key=lambda i: quality_of[i].mean())
+    behind = {i: quality_of[best] - quality_of[i] for i in clear}
+    as_good = [i for i in clear if behind[i].mean() <= errors * clustered_error(behind[i], measured.families)]
+    return CHOICES[min(as_good, key=lambda i: (CHOICES[i].blend, behind[i].mean()))], table
 
 
 def tops(measured: Measured, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
