@@ -12,10 +12,6 @@ import numpy as np
 LEVELS = 4
 
 
-def level(same_product: bool, same_family: bool, same_category: bool) -> int:
-    return 0 if same_product else 1 if same_family else 2 if same_category else 3
-
-
 def levels_of(query: tuple[str, str, str], products: np.ndarray, families: np.ndarray, categories: np.ndarray) -> np.ndarray:
     """Levels (n,) int8 of n products for a query given as (product_id, family_id, category); an empty name matches nothing."""
     product, family, category = query
@@ -24,7 +20,8 @@ def levels_of(query: tuple[str, str, str], products: np.ndarray, families: np.nd
         result[categories == category] = 2
     if family:
         result[families == family] = 1
-    result[products == product] = 0
+    if product:
+        result[products == product] = 0
     return result
 
 

@@ -33,6 +33,8 @@ def save(trainer: Trainer, folder: Path) -> None:
     if trainer.rank == 0:
         save_file({k: v.contiguous() for k, v in trainer.model.state_dict().items()}, folder / "model.safetensors")
         save_file(_optimizer_tensors(trainer), folder / "optimizer.safetensors")
+        if trainer.similar is not None:
+            save_file({"similar": torch.from_numpy(trainer.similar).contiguous()}, folder / "similar.safetensors")
         (folder / "state.json").write_text(json.dumps(trainer.state()))
 
 
@@ -53,7 +55,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
     named = dict(trainer.model.named_parameters())
     for key, value in load_file(folder / "optimizer.safetensors").items():
         name, slot = key.rsplit("/", 1)
-        trainer.optimizer.state[named[name]][slot] = value
+        trainer.optimizer.state[named[name]][slot] = value if slot == "step" else value.to(trainer.device)
     head = whole_head(folder)
     if len(head["weight"]) != trainer.head.rows:
         raise ValueError(f"the checkpoint at {folder} has {len(head['weight'])} prototypes, this run {trainer.head.rows}")
@@ -61,8 +63,8 @@ def restore(trainer: Trainer, folder: Path) -> None:
     with torch.no_grad():
         trainer.head.weight.copy_(head.pop("weight")[start:stop])
     for slot, value in head.items():
-        trainer.optimizer.state[trainer.head.weight][slot] = value[start:stop].clone() if value.ndim else value
-    trainer.step, trainer.before, trainer.stage = state["step"] + 1, state["seconds"], state["stage"]
-    trainer.curves = [c for c in state["curves"] if c["step"] <= state["step"]]
-    if trainer.stage == "margin":
-        trainer.look_for_similar()
+        trainer.optimizer.state[trainer.head.weight][slot] = value[start:stop].clone().to(trainer.device) if value.ndim else value
+    trainer.step, trainer.before, trainer.stage = state["step"], state["seconds"], state["stage"]
+    trainer.curves = state["curves"]
+    if (folder / "similar.safetensors").exists():
+        trainer.similar = load_file(folder / "similar.safetensors")["similar"].numpy()

@@ -98,17 +98,20 @@ def _rank_world() -> tuple[int, int]:
 class Trainer:
     """One worker's part of the run. `report(figures, due)` is called every step; `due`, on all workers alike, asks for a checkpoint."""
 
-    def __init__(self, config: LoopConfig, corpus: Corpus, report: Callable[[dict[str, Any], bool], None]) -> None:
+    def __init__(
+        self, config: LoopConfig, corpus: Corpus, report: Callable[[dict[str, Any], bool], None], *, device: str | torch.device = "cpu"
+    ) -> None:
         self.rank, self.world = _rank_world()
+        self.device = torch.device(device)
         if config.batch % (config.per_id * self.world):
             raise ValueError(f"batch {config.batch} does not divide into pairs of {config.per_id} over {self.world} workers")
         self.config, self.corpus, self.report = config, corpus, report
         torch.manual_seed(config.seed)
         self.model = Compact(config.model)
         self.model.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.untrained = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.to(self.device)
         self.members = plan.Members(corpus.labels)
-        self.head = PrototypeHead(len(self.members), config.model.dim, rank=self.rank, world=self.world)
+        self.head = PrototypeHead(len(self.members), config.model.dim, rank=self.rank, world=self.world).to(self.device)
         self._freeze_what_is_never_used()
         self.net = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.optimizer = torch.optim.AdamW(self._groups(), lr=config.lr, betas=(0.9, 0.98))
@@ -118,7 +121,8 @@ class Trainer:
 
     def _freeze_what_is_never_used(self) -> None:
         """DDP waits for every parameter: without texts (or pictures) in the corpus, or in the batches, their model stands still."""
-        self.texts_used = self.config.text_share > 0 and any(self.corpus.titles)
+        self.titled = np.flatnonzero([bool(title) for title in self.corpus.titles])
+        self.texts_used = self.config.text_share > 0 and len(self.titled) > 0
         self.images_used = bool(self.corpus.has_image.any())
         if not self.texts_used and not self.images_used:
             raise ValueError("the training items have neither pictures nor texts")
@@ -142,18 +146,24 @@ class Trainer:
         ]
 
     def state(self) -> dict[str, Any]:
-        """Everything this worker needs to go on, except its rows of the head, which are named apart."""
+        """The counters that a run goes on from; `step` is the next one."""
         return {"step": self.step, "seconds": self.elapsed(), "stage": self.stage, "curves": self.curves}
+
+    def _same_everywhere(self, value: float) -> float:
+        """Worker 0's value, on every worker: clocks differ, decisions must not."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.item()
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.start
 
     def progress(self) -> float:
         """0..1, the same on every worker: worker 0's clock decides."""
-        seconds = torch.tensor([self.elapsed()])
-        if self.world > 1:
-            dist.broadcast(seconds, 0)
-        return min(1.0, max(float(seconds) / (60 * self.config.minutes), self.step / self.config.steps))
+        seconds = self._same_everywhere(self.elapsed())
+        return min(1.0, max(seconds / (60 * self.config.minutes), self.step / self.config.steps))
 
     def run(self) -> Trained:
         """All three stages, from wherever the state stands."""
@@ -164,15 +174,13 @@ class Trainer:
             figures = self._step(progress)
             if self.step % 10 == 0:
                 self.curves.append(figures)
-            due = torch.tensor([float(time.perf_counter() - last_saved > self.config.checkpoint_seconds)])
-            if self.world > 1:
-                dist.broadcast(due, 0)
+            self.step += 1
+            due = self._same_everywhere(time.perf_counter() - last_saved) > self.config.checkpoint_seconds
             if due:
                 figures["held_R@1"] = self.held_recall() if self.rank == 0 else None
                 self.curves.append(figures)
                 last_saved = time.perf_counter()
-            self.report({**figures, "progress": progress}, bool(due))
-            self.step += 1
+            self.report({**figures, "progress": progress}, due)
         if self.curves:
             self.curves.append(
                 {
@@ -192,7 +200,8 @@ class Trainer:
         self.look_for_similar()
 
     def look_for_similar(self) -> None:
-        self.similar = neighbours(F.normalize(self.head.whole(), dim=1).numpy(), min(12, len(self.members) - 1))
+        rows = F.normalize(self.head.whole(), dim=1).cpu().numpy()
+        self.similar = neighbours(rows, min(12, len(self.members) - 1))
 
     def _schedule(self, progress: float) -> float:
         """Linear rise over the first 3 % of the run, then half a cosine to zero; the margin rises over its own stage."""
@@ -216,11 +225,11 @@ class Trainer:
             similar=self.config.similar,
         )
         mine = plan.share(rows, self.rank, self.world, self.config.per_id)
-        labels = torch.from_numpy(self.corpus.labels[mine])
+        labels = torch.from_numpy(self.corpus.labels[mine]).to(self.device)
         h = self._embed(mine)
         if self.stage == "warm-up":
             everyone, ids = gather(h), gather(labels)
-            own = torch.arange(len(h)) + self.rank * len(h)
+            own = torch.arange(len(h), device=self.device) + self.rank * len(h)
             loss = losses.info_nce(h, everyone, labels, ids, own, prefixes=self.config.prefixes, tau=self.config.tau)
             # DDP and the optimizer want every parameter in the graph; the head rests in this stage.
             loss = loss + 0.0 * self.head.weight.sum()
@@ -248,29 +257,37 @@ class Trainer:
         random = np.random.default_rng((self.config.seed, self.step, self.rank, 1))
         with_text = self._texts_of(rows, random)
         only_text = with_text & ((random.random(len(rows)) < 0.5) | ~self.corpus.has_image[rows])
-        image_rows = np.flatnonzero(self.corpus.has_image[rows] & ~only_text)
-        text_rows = np.flatnonzero(with_text)
+        image_rows, text_rows = np.flatnonzero(self.corpus.has_image[rows] & ~only_text), np.flatnonzero(with_text)
+        asked = len(rows)
+        if self.images_used and len(image_rows) < 2:  # batch norm needs two, and DDP every parameter: their vectors are dropped
+            image_rows = np.concatenate([image_rows, [len(rows), len(rows) + 1]])
+            rows = np.concatenate([rows, np.resize(np.flatnonzero(self.corpus.has_image), 2)])
+        if self.texts_used and not len(text_rows):
+            text_rows, rows = np.array([len(rows)]), np.append(rows, self.titled[0])
         x = tokens = None
         if self.images_used:
-            if not len(image_rows):
-                image_rows = np.flatnonzero(self.corpus.has_image[rows])[:1]
             stored = torch.from_numpy(self.corpus.pixels(rows[image_rows], self.config.model.side * 4 // 3))
             generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-            x = Compact.normalise(augment.photo(stored, self.config.model.side, generator, strength=self.config.augment))
+            x = augment.photo(stored, self.config.model.side, generator, strength=self.config.augment)
         if self.texts_used:
             tokens = tokenize([self._noisy(self.corpus.titles[int(r)], random) for r in rows[text_rows]], self.config.model.text_length)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
-            h = self.net(x, torch.from_numpy(image_rows), tokens, torch.from_numpy(text_rows), len(rows))
-        return h.float()
+        return self._forward(self.net, x, image_rows, tokens, text_rows, len(rows))[:asked]
+
+    def _forward(
+        self, net: nn.Module, x: Tensor | None, image_rows: np.ndarray, tokens: Tensor | None, text_rows: np.ndarray, count: int
+    ) -> Tensor:
+        """(count, D) float32 on the trainer's device, from inputs on the CPU."""
+        x = None if x is None else Compact.normalise(x.to(self.device))
+        tokens = None if tokens is None else tokens.to(self.device)
+        at = [torch.from_numpy(where).to(self.device) for where in (image_rows, text_rows)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return net(x, at[0], tokens, at[1], count).float()
 
     def _texts_of(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
         titled = np.array([bool(self.corpus.titles[r]) for r in rows])
         if not self.texts_used:
             return np.zeros(len(rows), bool)
-        chosen = titled & ((random.random(len(rows)) < self.config.text_share) | ~self.corpus.has_image[rows])
-        if not chosen.any():
-            chosen[np.flatnonzero(titled)[:1]] = True
-        return chosen
+        return titled & ((random.random(len(rows)) < self.config.text_share) | ~self.corpus.has_image[rows])
 
     @staticmethod
     def _noisy(title: str, random: np.random.Generator) -> str:
@@ -283,18 +300,17 @@ class Trainer:
     def encode_rows(self, rows: np.ndarray) -> Tensor:
         """Embeddings of rows as they are, without augmentation: the picture where there is one, else the text."""
         self.model.eval()
-        parts = [torch.zeros(0, self.config.model.dim)]
+        parts = [torch.zeros(0, self.config.model.dim, device=self.device)]
         for start in range(0, len(rows), 128):
             block = rows[start : start + 128]
             image_rows, text_rows = np.flatnonzero(self.corpus.has_image[block]), np.flatnonzero(~self.corpus.has_image[block])
             x = tokens = None
             if len(image_rows):
                 stored = torch.from_numpy(self.corpus.pixels(block[image_rows], self.config.model.side * 4 // 3))
-                x = Compact.normalise(augment.photo(stored, self.config.model.side, torch.Generator(), strength=0.0))
+                x = augment.photo(stored, self.config.model.side, torch.Generator(), strength=0.0)
             if len(text_rows):
                 tokens = tokenize([self.corpus.titles[int(r)] for r in block[text_rows]], self.config.model.text_length)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
-                parts.append(self.model(x, torch.from_numpy(image_rows), tokens, torch.from_numpy(text_rows), len(block)).float())
+            parts.append(self._forward(self.model, x, image_rows, tokens, text_rows, len(block)))
         self.model.train()
         return torch.cat(parts)
 
@@ -302,8 +318,8 @@ class Trainer:
         """(U, D) normalised means of at most `most` members of each ID; the workers encode a share each."""
         rows = np.concatenate([self.members.rows[a:b][:most] for a, b in zip(self.members.offsets, self.members.offsets[1:], strict=False)])
         mine = rows[self.rank :: self.world]
-        sums = torch.zeros(len(self.members), self.config.model.dim)
-        sums.index_add_(0, torch.from_numpy(self.corpus.labels[mine]), self.encode_rows(mine))
+        sums = torch.zeros(len(self.members), self.config.model.dim, device=self.device)
+        sums.index_add_(0, torch.from_numpy(self.corpus.labels[mine]).to(self.device), self.encode_rows(mine))
         if self.world > 1:
             dist.all_reduce(sums)
         return F.normalize(sums, dim=1)

@@ -41,6 +41,6 @@ def angular_margin(cosine: Tensor, margin: float) -> Tensor:
     cos(theta + m) = c cos m - sin(theta) sin m, with sin(theta) = sqrt(max(1 - c^2, 1e-6)); past pi - m, where the cosine
     would rise again, the line c - m sin m goes on instead (ArcFace's rule).
     """
-    m = torch.tensor(margin, dtype=cosine.dtype)
+    m = torch.tensor(margin, dtype=cosine.dtype, device=cosine.device)
     sine = (1 - cosine * cosine).clamp(min=1e-6).sqrt()
     return torch.where(cosine > -torch.cos(m), cosine * torch.cos(m) - sine * torch.sin(m), cosine - m * torch.sin(m))

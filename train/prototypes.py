@@ -52,7 +52,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, column: Tensor, mine: Tensor) -> Tensor:
-        rows = torch.arange(len(logits))
+        rows = torch.arange(len(logits), device=logits.device)
         top = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), float("-inf"))
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
         exponentials = (logits - top[:, None]).exp()
@@ -67,7 +67,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         probabilities, column, mine = ctx.saved_tensors
         grad = probabilities.clone()
-        rows = torch.arange(len(grad))
+        rows = torch.arange(len(grad), device=grad.device)
         grad[rows[mine], column[mine]] -= 1
         return grad * (grads[0] / len(grad)), None, None
 

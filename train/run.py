@@ -37,6 +37,15 @@ class TrainConfig(Table):
     max_failures: Annotated[int, Field(ge=0)] = 2
     loop: LoopConfig = LoopConfig()
 
+    def model_post_init(self, _: Any) -> None:
+        if min(self.fractions) < 0 or self.fractions[0] == 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions are shares of embedder (above 0), rerank and calibrate that sum to 1; found {self.fractions}")
+        if self.loop.batch % (self.loop.per_id * self.workers):
+            raise ValueError(
+                f"loop.batch = {self.loop.batch} must divide by workers x loop.per_id = {self.workers} x {self.loop.per_id}, "
+                f"so that every worker gets whole groups of one product"
+            )
+
 
 class Selection:
     """Which rows of the items are trained on: offsets, titles and labels, and the names of the labels."""
@@ -55,6 +64,8 @@ class Selection:
                 f"products in {len(set(families))} families, {len(set(products[train]))} of them with id_split 'train', of whose families "
                 f"a share of {config.fractions[0]} is dealt to the embedder (train.fractions)"
             )
+        if config.workers > len(self.products):
+            raise ValueError(f"{config.workers} workers cannot share {len(self.products)} products; allowed are at most as many workers")
         titles = np.array(table["title"].to_pylist(), dtype=object)
         self.titles = titles[self.offsets].tolist()
         self.has_image = np.array(table["width"].to_pylist())[self.offsets] > 0
@@ -92,7 +103,8 @@ def _worker(told: dict[str, Any]) -> None:
         if due:
             _report(trainer, figures)
 
-    trainer = Trainer(config.loop, selection.corpus(config.cache_mb), report)
+    device = ray.train.torch.get_device() if config.use_gpu else "cpu"
+    trainer = Trainer(config.loop, selection.corpus(config.cache_mb), report, device=device)
     if last := ray.train.get_checkpoint():
         with last.as_directory() as folder:
             checkpoint.restore(trainer, Path(folder))

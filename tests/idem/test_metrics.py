@@ -27,6 +27,7 @@ def test_levels_prefer_the_closest_relation_and_empty_names_match_nothing():
     products, families, categories = np.array(["a", "b", "c", "d"]), np.array(["f", "f", "g", ""]), np.array(["x", "x", "x", ""])
     assert metrics.levels_of(("a", "f", "x"), products, families, categories).tolist() == [0, 1, 2, 3]
     assert metrics.levels_of(("z", "", ""), products, families, categories).tolist() == [3, 3, 3, 3]
+    assert metrics.levels_of(("", "", ""), np.array(["", "a"]), families[:2], categories[:2]).tolist() == [3, 3]
 
 
 def test_siblings_are_judged_among_the_family_alone():

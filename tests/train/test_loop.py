@@ -104,6 +104,33 @@ def test_a_checkpoint_moves_from_two_workers_to_one_to_three(tmp_path):
         assert len(checkpoint.whole_head(folder)["weight"]) == 6
 
 
+def test_a_resumed_run_is_the_run_that_was_never_cut_off(tmp_path):
+    def save(figures: dict, due: bool) -> None:
+        if figures["step"] == 6:  # in the margin stage, between two looks for similar prototypes
+            checkpoint.save(whole, tmp_path)
+
+    whole = Trainer(config(steps=12, warm_up=0.3), corpus(), save)
+    whole.run()
+    again = Trainer(config(steps=12, warm_up=0.3), corpus(), lambda figures, due: None)
+    checkpoint.restore(again, tmp_path)
+    assert again.step == 7
+    again.run()
+    differences = [(a - b).abs().max().item() for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True)]
+    assert max(differences) < 1e-6
+    assert (whole.head.weight - again.head.weight).abs().max() < 1e-6
+    assert [c["step"] for c in whole.curves] == [c["step"] for c in again.curves]
+
+
+@pytest.mark.parametrize("pictured", [1, 2])
+def test_a_corpus_with_next_to_no_pictures_trains(pictured):
+    made = corpus()
+    made.has_image[pictured:] = False
+    reports = []
+    Trainer(config(steps=6), made, lambda figures, due: reports.append(figures)).run()
+    assert len(reports) == 6
+    assert all(np.isfinite(r["loss"]) for r in reports)
+
+
 def test_restored_rows_are_bit_exact_and_a_missing_shard_is_named(tmp_path):
     trainer = Trainer(config(steps=8), corpus(), lambda figures, due: None)
     trainer.run()
