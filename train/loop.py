@@ -4,8 +4,8 @@ Everything random comes from (seed, step, rank), so a step can be replayed after
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from idem import images as pictures
 from train import augment, losses, plan
 from train.backbones import Compact, CompactConfig, tokenize
+from train.corpus import Corpus
 from train.embedder import Embedder
 from train.neighbours import nearest, neighbours
 from train.prototypes import PrototypeHead, gather
@@ -54,30 +54,6 @@ class LoopConfig(BaseModel):
     def model_post_init(self, _: Any) -> None:
         if bad := [d for d in self.prefixes if not 1 <= d <= self.model.dim]:
             raise ValueError(f"prefixes {bad} are not in 1..{self.model.dim}, the model's dim")
-
-
-@dataclass
-class Corpus:
-    """Training rows: encoded pictures fetched by position, titles, and a label 0..U-1 each; and a held-back slice."""
-
-    fetch: Callable[[np.ndarray], Sequence[bytes | None]]
-    titles: Sequence[str]
-    has_image: np.ndarray
-    labels: np.ndarray
-    held_fetch: Callable[[], tuple[Sequence[bytes | None], np.ndarray]] | None = None
-    cache_bytes: int = 2 << 30
-    _cache: dict[int, np.ndarray] = field(default_factory=dict)
-
-    def pixels(self, rows: np.ndarray, side: int) -> np.ndarray:
-        """(n, side, side, 3) uint8, decoded once as long as the cache holds."""
-        missing = [int(r) for r in dict.fromkeys(rows.tolist()) if r not in self._cache]
-        fresh: dict[int, np.ndarray] = {}
-        if missing:
-            data = self.fetch(np.array(missing))
-            fresh = {r: pictures.pixels(d, side) for r, d in zip(missing, data, strict=True) if d}
-            room = self.cache_bytes // (side * side * 3) - len(self._cache)
-            self._cache.update(list(fresh.items())[: max(room, 0)])
-        return np.stack([self._cache[r] if r in self._cache else fresh[r] for r in rows.tolist()])
 
 
 @dataclass

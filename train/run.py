@@ -23,7 +23,8 @@ from idem.config import Table
 from pipelines.items import open_items
 from train import checkpoint, progress
 from train.backbones import Compact
-from train.loop import Corpus, LoopConfig, Trainer
+from train.corpus import Corpus
+from train.loop import LoopConfig, Trainer
 
 
 class TrainConfig(Table):

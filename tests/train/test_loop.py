@@ -13,7 +13,8 @@ from PIL import Image
 
 from train import checkpoint
 from train.backbones import CompactConfig
-from train.loop import Corpus, LoopConfig, Trainer
+from train.corpus import Corpus
+from train.loop import LoopConfig, Trainer
 
 MODEL = CompactConfig(side=32, dim=16, widths=(8, 8, 16, 16), text_dim=16, text_layers=1)
 
