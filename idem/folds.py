@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 FOLDS = ("embedder", "rerank", "calibrate")
+RERANKER_FOLDS = FOLDS[1:]  # whose products the embedder has not learnt
 
 
 def uniform(name: str, salt: str) -> float:

@@ -2,7 +2,7 @@
 
 Families of id_split `train` are dealt into folds (idem.folds). In each of the folds `rerank` and `calibrate` the gallery is
 what the index holds of the fold, and the queries are the fold's other pictures, without their titles: neither side has a
-product of another fold (METHOD.md section 7).
+product of another fold (METHOD.md section 7). A list holds products, each by its best row, as the reranker is served them.
 """
 
 import sys
@@ -24,16 +24,21 @@ from pipelines.items import Items, open_items
 from train.embedder import Embedder
 
 NAME = "candidates.parquet"
-FOLDS = folds.FOLDS[1:]
+FOLDS = folds.RERANKER_FOLDS
 FEWEST_PRODUCTS = 4  # with fewer there is next to nothing wrong to choose, and nothing is learnt
 COLUMNS = ["item_id", "product_id", "family_id", "category", "id_split", "width"]
 BLOCK = 512  # pictures held at a time
+SPLIT_RULE = "rows of split train"  # of index.plan: then photos of that split share the scene with the gallery
+OTHER_SPLITS = "split != 'train'"
 
 
 class CandidatesConfig(Table):
-    """k: candidates a query; batch_size: pictures a forward pass."""
+    """k: products a query; queries: SQL filter on items, of which the pictures outside the gallery are asked with, empty for all
+    of them, or for those of splits other than train where the gallery is made of split train; batch_size: pictures a forward pass.
+    """
 
     k: int = Field(20, ge=1)
+    queries: str = ""
     batch_size: int = Field(64, ge=1)
 
 
@@ -46,34 +51,49 @@ class Side:
     queries: np.ndarray
 
 
-def divide(table: pa.Table, gallery_ids: list[str], fractions: tuple[float, float, float]) -> dict[str, Side]:
-    """Gallery and queries of each fold. `table` has COLUMNS of all items in scan order; `gallery_ids` are those indexed."""
+def asking(config: CandidatesConfig, index: manifest.Manifest) -> str:
+    """The SQL filter that queries pass, or an empty string: the caller's, else what the rule of the gallery asks for."""
+    return config.queries or (OTHER_SPLITS if index.figures.get("rule") == SPLIT_RULE else "")
+
+
+def divide(
+    table: pa.Table, gallery_ids: list[str], fractions: tuple[float, float, float], asked: pa.ChunkedArray | None = None
+) -> dict[str, Side]:
+    """Gallery and queries of each fold. `table` has COLUMNS of all items in scan order; `gallery_ids` are those indexed.
+
+    asked: item_ids of which queries are taken, None for any.
+    """
     vector_row = pc.fill_null(pc.index_in(table["item_id"], value_set=pa.array(gallery_ids)), -1).to_numpy()
     fold = folds.folds(table["family_id"].to_pylist(), fractions)
     fold[pc.not_equal(table["id_split"], "train").to_numpy()] = ""
-    pictured = pc.greater(table["width"], 0).to_numpy()
+    may_ask = pc.greater(table["width"], 0).to_numpy()
+    if asked is not None:
+        may_ask = may_ask & pc.is_in(table["item_id"], value_set=asked.combine_chunks()).to_numpy()
     sides = {}
     for name in FOLDS:
         gallery = np.flatnonzero((fold == name) & (vector_row >= 0))
-        queries = np.flatnonzero((fold == name) & (vector_row < 0) & pictured)
+        queries = np.flatnonzero((fold == name) & (vector_row < 0) & may_ask)
         sides[name] = Side(gallery, vector_row[gallery], queries)
     return sides
 
 
 def lists(fold: str, queries: pa.Table, gallery: pa.Table, query_vectors: np.ndarray, gallery_vectors: np.ndarray, k: int) -> pa.Table:
-    """CANDIDATES of one fold: for each query its k nearest of the gallery, best first, with cosines and levels.
+    """CANDIDATES of one fold: for each query the best rows of its k nearest products, best first, with cosines and levels.
 
     queries and gallery have COLUMNS; their vectors are (n, dim) in the same order. Ties go to the earlier gallery row.
     """
-    scores, rows = exact(gallery_vectors, query_vectors, k)
     item_ids, products, families, categories = (gallery[name].to_numpy() for name in COLUMNS[:4])
+    rows_a_product = int(np.unique(products, return_counts=True)[1].max())  # so many rows hold k products, however they fall
+    found = exact(gallery_vectors, query_vectors, k * rows_a_product)
+    best = [metrics.collapse(products[near].tolist())[:k] for near in found[1]]
+    scores, rows = ([row[kept] for row, kept in zip(part, best, strict=True)] for part in found)
     asked = zip(*(queries[name].to_pylist() for name in COLUMNS[1:4]), strict=True)
     levels = [metrics.levels_of(query, products[r], families[r], categories[r]) for query, r in zip(asked, rows, strict=True)]
     columns = {
         "query_id": queries["item_id"],
         "fold": pa.array([fold] * len(rows)),
         "item_ids": [item_ids[r] for r in rows],
-        "scores": list(scores),
+        "scores": scores,
         "levels": levels,
     }
     return pa.table(columns, schema=schema.CANDIDATES)
@@ -84,7 +104,7 @@ def too_small(table: pa.Table, side: Side) -> str:
     products = len(table["product_id"].take(pa.array(side.gallery)).unique())
     if products < FEWEST_PRODUCTS:
         return f"{products} products in the gallery, at least {FEWEST_PRODUCTS} are needed"
-    return "" if len(side.queries) else "no picture beside those in the gallery"
+    return "" if len(side.queries) else "no picture beside those in the gallery may ask"
 
 
 def encode_pictures(items: Items, embedder: Embedder, offsets: np.ndarray, *, batch_size: int, desc: str) -> np.ndarray:
@@ -108,18 +128,22 @@ def _figures(made: pa.Table, side: Side) -> dict[str, Any]:
     }
 
 
-def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str) -> tuple[pa.Table, dict[str, Any]]:
-    """CANDIDATES of both folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for."""
+def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str, asked: str = "") -> tuple[pa.Table, dict[str, Any]]:
+    """CANDIDATES of both folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for.
+
+    asked: SQL filter on items that queries pass, empty for any. ValueError where it cannot be applied.
+    """
     gallery_ids, matrix = vectors.read(vectors_uri)
     table = items.table(COLUMNS)
+    able = items.table(["item_id"], asked)["item_id"] if asked else None
     parts, figures = [schema.CANDIDATES.empty_table()], {}
-    for fold, side in divide(table, gallery_ids, embedder.fractions).items():
+    for fold, side in divide(table, gallery_ids, embedder.fractions, able).items():
         if why := too_small(table, side):
             figures[fold] = {"queries": 0, "gallery": len(side.gallery), "empty": why}
             continue
         queries = encode_pictures(items, embedder, side.queries, batch_size=config.batch_size, desc=fold)
-        asked, gallery = (table.take(pa.array(rows)) for rows in (side.queries, side.gallery))
-        parts.append(lists(fold, asked, gallery, queries, matrix[side.vector_rows], config.k))
+        asking_rows, gallery = (table.take(pa.array(rows)) for rows in (side.queries, side.gallery))
+        parts.append(lists(fold, asking_rows, gallery, queries, matrix[side.vector_rows], config.k))
         figures[fold] = _figures(parts[-1], side)
     return pa.concat_tables(parts), figures
 
@@ -128,13 +152,14 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     """Write the candidates of the current index, with the embedder and the items it was made of; or find them written."""
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
-    inputs = {"index": index.id, **index.inputs}
-    made = manifest.Plan(parent=layout.candidates, kind="candidates", config={"k": config.k}, inputs=inputs)
+    inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
+    settings = {"k": config.k, "queries": asked, "fields": index.config["fields"]}  # fields: what of the documents was searched
+    made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
     if there := made.finished():
         return {"candidates": made.id, **there.figures, "skipped": True}
     items = open_items(layout.items, version=int(index.inputs["items_version"]))
     embedder = Embedder.load(storage.join(layout.embedder, index.inputs["embedder"]))
-    table, figures = make(config, items, embedder, storage.join(layout.vectors, index.inputs["vectors"], vectors.NAME))
+    table, figures = make(config, items, embedder, storage.join(layout.vectors, index.inputs["vectors"], vectors.NAME), asked)
     storage.local_path(made.folder).mkdir(parents=True, exist_ok=True)
     pq.write_table(table, storage.local_path(storage.join(made.folder, NAME)))
     made.write(figures=figures, files=[NAME])

@@ -47,6 +47,7 @@ class Lists:
     """Q queries of one fold and at most N documents each: rows of a Pool, -1 where there is none.
 
     cosines (3, Q, N): by kind of query (KINDS); levels (Q, N), -1 for none; products (Q, N) and families (Q,) are codes.
+    told (Q,) bool: the query may be asked with its title, which is then none that a document of its own product has.
     """
 
     queries: np.ndarray
@@ -55,6 +56,7 @@ class Lists:
     levels: np.ndarray
     products: np.ndarray
     families: np.ndarray
+    told: np.ndarray
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -94,11 +96,40 @@ def picture_tokens(reader: Reader, pictures: Sequence[bytes | None], *, progress
     return places, pictured
 
 
-def lists(table: pa.Table, rows: dict[str, int], products: np.ndarray, families: np.ndarray, both: np.ndarray, text: np.ndarray) -> Lists:
-    """One fold's CANDIDATES to Lists. `rows`: item_id to pool row; products, families (n,): codes by pool row.
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of the n items of a Pool: products, families and titles (n,) are codes, -1 for no title.
 
-    both (n, D) and text (n, D): vectors of the items with all they have, and with their text alone (zero for none).
+    both, text (n, D): vectors of the items with all they have, and with their title alone, zero for none: what queries are
+    asked with. indexed (n, D): their vectors as the index has them.
     """
+
+    products: np.ndarray
+    families: np.ndarray
+    titles: np.ndarray
+    both: np.ndarray
+    text: np.ndarray
+    indexed: np.ndarray
+
+
+def title_codes(titles: Sequence[str], length: int) -> np.ndarray:
+    """(n,) codes, -1 for an empty title: equal where the first `length` characters are, whatever their case and spaces."""
+    plain = [" ".join(title.split()).casefold()[:length] for title in titles]
+    return np.where([bool(title) for title in plain], np.unique(plain, return_inverse=True)[1], -1)
+
+
+def tellable(queries: np.ndarray, documents: np.ndarray, known: Known) -> np.ndarray:
+    """(Q,) bool: the query has a title, its product is among the fold's `documents` (any shape, -1 for none), and none of
+    these has that title. Else the title would be the answer: a catalogue with one title a product asks by picture alone."""
+    shown = np.unique(documents[documents >= 0])
+    pairs = set(zip(known.products[shown].tolist(), known.titles[shown].tolist(), strict=True))
+    products = {product for product, _ in pairs}
+    asked = zip(known.products[queries].tolist(), known.titles[queries].tolist(), strict=True)
+    return np.array([title >= 0 and product in products and (product, title) not in pairs for product, title in asked], bool)
+
+
+def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
+    """One fold's CANDIDATES to Lists. `rows`: item_id to pool row."""
     ids, scores, levels = (table[name].to_pylist() for name in ("item_ids", "scores", "levels"))
     queries = np.array([rows[q] for q in table["query_id"].to_pylist()], np.int64)
     shape = (len(ids), max(map(len, ids), default=0))
@@ -107,14 +138,15 @@ def lists(table: pa.Table, rows: dict[str, int], products: np.ndarray, families:
         kept = [j for j, name in enumerate(names) if rows[name] != queries[i]]  # a picture is no answer to itself
         documents[i, : len(kept)] = [rows[names[j]] for j in kept]
         cosine[i, : len(kept)], level[i, : len(kept)] = np.array(values)[kept], np.array(found)[kept]
-    other = [np.einsum("qd,qnd->qn", vectors[queries], both[documents]) for vectors in (both, text)]
+    other = [np.einsum("qd,qnd->qn", vectors[queries], known.indexed[documents]) for vectors in (known.both, known.text)]
     return Lists(
         queries=queries,
         documents=documents,
         cosines=np.stack([cosine, *other]).astype(np.float32),
         levels=level,
-        products=np.where(documents >= 0, products[documents], -1),
-        families=families[queries],
+        products=np.where(documents >= 0, known.products[documents], -1),
+        families=known.families[queries],
+        told=tellable(queries, documents, known),
     )
 
 
@@ -168,7 +200,7 @@ def _comparison(pool: Pool, source: Lists, random: np.random.Generator, chunk: i
     query = int(random.integers(len(source)))
     row = source.queries[query]
     kind = KINDS[random.choice(3, p=np.array(settings.kinds) / sum(settings.kinds))]
-    kind = "text" if not pool.pictured[row] else kind if pool.texts[row].any() else "image"
+    kind = "image" if not source.told[query] else kind if pool.pictured[row] else "text"
     there = np.flatnonzero(source.documents[query] >= 0)
     if random.random() < settings.absent and (source.levels[query][there] > 0).any():
         there = there[source.levels[query][there] > 0]

@@ -20,16 +20,15 @@ import ray.train
 import ray.train.torch
 from safetensors.torch import load_file, save_file
 
-from idem import cluster, job, manifest, storage
+from idem import cluster, folds, job, manifest, storage
 from pipelines.items import Items, open_items
 from train import progress, rerank_loop, rerank_select
 from train.embedder import Embedder
-from train.rerank_data import Lists, Pool, lists, picture_tokens, text_tokens
+from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, text_tokens, title_codes
 from train.rerank_loop import RerankConfig, State
 from train.rerank_model import ListwiseReranker, Shape
 
-CANDIDATES = "candidates.parquet"
-FOLDS = ("rerank", "calibrate")
+FOLDS = folds.RERANKER_FOLDS
 FILES = ["config.json", "model.safetensors", "curves.json"]
 
 
@@ -46,8 +45,10 @@ def too_few(table: pa.Table, config: RerankConfig) -> str:
     return ""
 
 
-def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConfig) -> tuple[Pool, dict[str, Lists]]:
+def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConfig, *, fields: str) -> tuple[Pool, dict[str, Lists]]:
     """The tokens of every item that the candidates name, and the lists of both folds.
+
+    fields: what of an item the index holds (index.fields): `both`, or `image`, the title only where there is no picture.
 
     ValueError where the tokens would take more than rerank.tokens_mb, or a query is in both folds.
     """
@@ -61,15 +62,13 @@ def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConf
             f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
             "raise it, or ask fewer queries"
         )
-    pool, both, text, told = _read(ids, items, embedder, config)
+    pool, known = _read(ids, items, embedder, config, fields)
     rows = {item_id: row for row, item_id in enumerate(ids)}
-    products, families = (np.unique(told[name].to_pylist(), return_inverse=True)[1] for name in ("product_id", "family_id"))
-    made = {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, products, families, both, text) for fold in FOLDS}
-    return pool, made
+    return pool, {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, known) for fold in FOLDS}
 
 
-def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig) -> tuple[Pool, np.ndarray, np.ndarray, pa.Table]:
-    """Pool, vectors of the items with all they have and with their text alone, and the table of what they are."""
+def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig, fields: str) -> tuple[Pool, Known]:
+    assert fields in ("both", "image"), fields
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
     pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
     places, pictured = picture_tokens(embedder, pictures, progress="picture tokens")
@@ -78,8 +77,16 @@ def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig
     texts[:, : tokens.shape[1]] = tokens
     seen = [data if there else None for data, there in zip(pictures, pictured, strict=True)]
     both = _vectors(embedder, seen, titles, "vectors")
-    text = _vectors(embedder, None, titles, "")
-    return Pool(places=places, pictured=pictured, texts=texts), both, text, told.select(["product_id", "family_id"])
+    kept = ["" if there else title for title, there in zip(titles, pictured, strict=True)]
+    known = Known(
+        products=np.unique(told["product_id"].to_pylist(), return_inverse=True)[1],
+        families=np.unique(told["family_id"].to_pylist(), return_inverse=True)[1],
+        titles=title_codes(titles, config.text_length),
+        both=both,
+        text=_vectors(embedder, None, titles, ""),
+        indexed=both if fields == "both" else _vectors(embedder, seen, kept, "indexed"),
+    )
+    return Pool(places=places, pictured=pictured, texts=texts), known
 
 
 def _vectors(embedder: Embedder, pictures: list[bytes | None] | None, titles: list[str], progress: str) -> np.ndarray:
@@ -156,22 +163,22 @@ def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], 
     save_file(weights, out / "model.safetensors")
 
 
-def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder) -> dict[str, Any]:
-    pool, folds = gather(table, items, embedder, config)
+def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, fields: str) -> dict[str, Any]:
+    pool, fold_lists = gather(table, items, embedder, config, fields=fields)
     shape = config.shape(*embedder.token_shape, embedder.vocabulary)
     checkpoints = storage.local_path(storage.join(made.parent, "checkpoints")).absolute()
     cluster.connect(num_cpus=config.workers)
-    folder = fit(config, shape, pool, folds, name=made.id, storage_path=str(checkpoints))
+    folder = fit(config, shape, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
     state = json.loads((folder / "state.json").read_text())
     if state["failed"]:
         raise ValueError(f"reranker training failed: {state['failed']} in {folder / 'best.safetensors'}; a smaller rerank.lr may help")
     weights = load_file(folder / "best.safetensors")
     model = ListwiseReranker(shape)
     model.load_state_dict(weights)
-    settings = rerank_select.judge(model.eval(), config, pool, folds["calibrate"])
+    settings = rerank_select.judge(model.eval(), config, pool, fold_lists["calibrate"])
     figures = {
         "identity": False,
-        "queries": {fold: len(folds[fold]) for fold in FOLDS},
+        "queries": {fold: len(fold_lists[fold]) for fold in FOLDS},
         "pictures": int(pool.pictured.sum()),
         "steps": state["step"],
         "best_step": state["best_step"],
@@ -186,22 +193,38 @@ def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: It
     return figures
 
 
+def matching(candidates: manifest.Manifest, *, items: str, embedder: str) -> None:
+    """ValueError unless the candidates were found in these items with this embedder, both given by id."""
+    for kind, current in (("embedder", embedder), ("items", items)):
+        if (found := candidates.inputs.get(kind, "unknown")) != current:
+            raise ValueError(
+                f"the candidates {candidates.id} were found with {kind} {found}, the current one is {current}: "
+                "run index.run and index.candidates again"
+            )
+    if "fields" not in candidates.config:
+        raise ValueError(f"the candidates {candidates.id} do not say what of an item was indexed: run index.candidates again")
+
+
 def run(config: RerankConfig) -> dict[str, Any]:
+    """Train the reranker of a run, or find it trained. ValueError where its candidates are of other items or of another embedder."""
     layout = storage.Layout(config.root)
     items = open_items(layout.items)
     candidates = manifest.current(layout.candidates, kind="candidates")
     embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
-    inputs = {"items": items.id, "embedder": embedder.id, "candidates": manifest.read(candidates, kind="candidates").id}
+    found = manifest.read(candidates, kind="candidates")
+    matching(found, items=items.id, embedder=embedder.id)
+    inputs = {"items": items.id, "embedder": embedder.id, "candidates": found.id}
     made = manifest.Plan(parent=layout.reranker, kind="reranker", config=config.settings(), inputs=inputs)
     if before := made.finished():
         return {**before.figures, "skipped": True}
-    table = pq.read_table(storage.local_path(storage.join(candidates, CANDIDATES)))
+    (name,) = found.files
+    table = pq.read_table(storage.local_path(storage.join(candidates, name)))
     if why := too_few(table, config):
         figures = {"identity": True, "reason": why}
         publish(made, {**figures, "embedder": embedder.id}, {}, [])
         made.write(figures=figures, files=FILES)
         return figures
-    return _train(config, made, table, items, embedder)
+    return _train(config, made, table, items, embedder, found.config["fields"])
 
 
 if __name__ == "__main__":

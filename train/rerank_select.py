@@ -1,6 +1,7 @@
 """Which order is served, and what r means, decided on the calibrate fold alone and written down with all that was tried."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from train.rerank_score import score
 RETRIEVAL = Choice(blend=0.0, last=False)
 CHOICES = (RETRIEVAL, *(Choice(merge=m, last=last, blend=b) for m in MERGES for last in (False, True) for b in (0.25, 0.5, 0.75, 1.0)))
 COST = 0.01  # of R@1: reranking never costs more than one point
+FEWEST_FAMILIES = 8  # the standard error from 8 is itself known to a quarter (1 / sqrt(2 * 7)); from fewer it decides nothing
 ABSENT = 0.3  # weight of the case that a query's product is not in the gallery, as in METHOD.md section 4
 
 
@@ -24,8 +26,8 @@ class Served(BaseModel):
     """What is served for one kind of query, and why.
 
     r = sigmoid(slope * logit + bias). table: every choice that was tried; gain is over retrieval in the mean of R@1 and
-    nDCG@10, error its standard error with families as the unit, clear whether it was gain enough at no cost (see `select`).
-    calibration: of r on the first answers of the very fold that it was fitted on.
+    nDCG@10, error its standard error with families as the unit (None for too few of them), clear whether it was gain enough
+    at no cost (see `select`). calibration: of r on the first answers of the very fold that it was fitted on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +50,7 @@ class Measured:
 
 def measure(model: ListwiseReranker, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
     """Score at most `queries` lists, spread over the families, as the service would."""
-    able = (pool.texts[source.queries].any(1) | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text"))
+    able = (source.told | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text"))
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(able))[:queries]
     scored, levels = [], []
     for query in tqdm(chosen, desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5):
@@ -62,10 +64,15 @@ def measure(model: ListwiseReranker, pool: Pool, source: Lists, *, kind: Kind, d
 
 
 def clustered_error(gain: np.ndarray, families: np.ndarray) -> float:
-    """Standard error of the mean of `gain`, with families as the unit: queries of one family are not independent."""
+    """Standard error of the mean of `gain`, with families as the unit: queries of one family are not independent.
+
+    Infinite below FEWEST_FAMILIES, where deviations may be small, or of one family zero, by chance alone.
+    """
     _, codes = np.unique(families, return_inverse=True)
     sums = np.bincount(codes, weights=gain - gain.mean())
-    groups = max(len(sums), 2)
+    groups = len(sums)
+    if groups < FEWEST_FAMILIES:
+        return math.inf
     return float(np.sqrt((sums**2).sum() * groups / (groups - 1)) / len(gain))
 
 
@@ -73,6 +80,10 @@ def quality(levels: np.ndarray) -> tuple[float, float, float]:
     """R@1, nDCG@10 over the candidates, and their mean, which is what is chosen by."""
     recall, ndcg = metrics.recall_at(levels, 1), metrics.ndcg_at(levels, 10, np.bincount(levels, minlength=metrics.LEVELS))
     return recall, ndcg, (recall + ndcg) / 2
+
+
+def _rounded(error: float) -> float | None:
+    return round(error, 4) if math.isfinite(error) else None  # JSON has no infinity
 
 
 def select(measured: Measured, *, errors: float = 1.0) -> tuple[Choice, list[dict[str, Any]]]:
@@ -88,9 +99,10 @@ def select(measured: Measured, *, errors: float = 1.0) -> tuple[Choice, list[dic
     for i, choice in enumerate(CHOICES):
         gain, cost = quality_of[i] - quality_of[0], recall[i] - recall[0]
         error, cost_error = clustered_error(gain, measured.families), clustered_error(cost, measured.families)
-        good = bool(gain.mean() > errors * error and cost.mean() >= 0 and cost.mean() - errors * cost_error >= -COST)
+        won = gain.mean() > errors * error and cost.mean() >= 0 and cost.mean() - errors * cost_error >= -COST
+        good = bool(math.isfinite(error) and won)
         means = {"R@1": round(float(recall[i].mean()), 4), "nDCG@10": round(float(results[i, :, 1].mean()), 4)}
-        table.append({**choice.model_dump(), **means, "gain": round(float(gain.mean()), 4), "error": round(error, 4), "clear": good})
+        table.append({**choice.model_dump(), **means, "gain": round(float(gain.mean()), 4), "error": _rounded(error), "clear": good})
         clear += [i] if good else []
     if not clear:
         return RETRIEVAL, table

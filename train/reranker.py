@@ -70,7 +70,10 @@ def _size(tokens: np.ndarray | None) -> int:
 
 
 class IdentityReranker:
-    """The trivial twin: retrieval's order stands; r is the cosine, cut to 0..1, and NULL is a cosine of zero."""
+    """The trivial twin: retrieval's order stands. It knows no probability: what it gives as r is the cosine, cut to 0..1, good
+    for comparisons alone. A service tells it by `identity` and serves retrieval, without an r. NULL is a cosine of zero."""
+
+    identity = True
 
     def __init__(self) -> None:
         self.faults = 0
@@ -86,6 +89,8 @@ class IdentityReranker:
 class Reranker:
     """`faults` counts documents and queries that could not be read whole: a picture that does not decode, a score that is
     not a number. They are ranked by what is left of them."""
+
+    identity = False
 
     def __init__(
         self,

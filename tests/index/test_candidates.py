@@ -1,11 +1,12 @@
+import lance
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from idem import folds, manifest, metrics, schema, storage
+from idem import folds, manifest, schema, storage
 from index import candidates, run
 from index.candidates import CandidatesConfig
-from pipelines.items import open_items
+from pipelines.items import DATASET, open_items
 from train.embedder import Embedder
 
 
@@ -34,7 +35,7 @@ def test_lists_stay_within_their_fold_and_off_the_products_of_the_embedder(index
             assert (item["fold"], item["id_split"]) == (row["fold"], "train")
         assert {item["role"] for item in found} == {"catalog"}
         same = [[item[c] == query[c] for c in ("product_id", "family_id", "category")] for item in found]
-        assert row["levels"] == [metrics.level(*flags) for flags in same]
+        assert row["levels"] == [[*flags, True].index(True) for flags in same]
     expected = {i for i, r in known.items() if r["role"] == "photo" and r["width"] and r["id_split"] == "train" and r["fold"] != "embedder"}
     assert set(table["query_id"].to_pylist()) == expected
     assert sum(figures[fold]["queries"] for fold in candidates.FOLDS) == len(expected)
@@ -52,10 +53,53 @@ def test_lists_are_the_k_nearest_pictures_of_the_fold(indexed, known):
         np.testing.assert_allclose([order[item_id] for item_id in row["item_ids"]], row["scores"], atol=1e-5)
 
 
+def test_a_list_holds_k_products_each_by_its_best_row(indexed, known):
+    run.run(run.IndexConfig(root=indexed, fields="image", gallery="role = 'photo' AND item_id NOT LIKE '%-1'"))
+    layout = storage.Layout(indexed)
+    embedder, items = Embedder.load(manifest.current(layout.embedder, kind="embedder")), open_items(layout.items)
+    _, table = made(indexed, k=6)
+    assert table.num_rows
+    for row in table.to_pylist():
+        gallery = [i for i, r in known.items() if (r["id_split"], r["fold"]) == ("train", row["fold"]) and i[-1] in "23"]
+        cosine = embedder.encode(items.images(gallery), None) @ embedder.encode(items.images([row["query_id"]]), None)[0]
+        best = {}
+        for item_id, score in zip(gallery, cosine.tolist(), strict=True):
+            best[known[item_id]["product_id"]] = max(score, best.get(known[item_id]["product_id"], -1))
+        assert len({known[item_id]["product_id"] for item_id in row["item_ids"]}) == len(row["item_ids"]) == min(6, len(best))
+        np.testing.assert_allclose(row["scores"], sorted(best.values(), reverse=True)[:6], atol=1e-5)
+
+
+def test_a_filter_says_what_is_asked_with(indexed):
+    _, everything = made(indexed)
+    _, table = made(indexed, queries="item_id LIKE '%-2'")
+    expected = {i for i in everything["query_id"].to_pylist() if i.endswith("-2")}
+    assert expected
+    assert set(table["query_id"].to_pylist()) == expected
+    with pytest.raises(ValueError, match="nonsense"):
+        made(indexed, queries="nonsense = 1")
+
+
+def test_photos_of_the_split_that_is_indexed_do_not_ask(root, without_ray):
+    """All are photos, the last of each product of split test, the others of split train, of which two are indexed."""
+    folder = storage.Layout(root).items
+    dataset = lance.dataset(storage.join(folder, DATASET))
+    dataset.update({"role": "'photo'", "split": "'train'"})
+    dataset.update({"split": "'test'"}, where="item_id LIKE '%-3'")
+    manifest.write(folder, kind="items", config={}, inputs={}, figures={"version": dataset.version})
+    assert run.run(run.IndexConfig(root=root, fields="image", per_product=2))["rule"] == candidates.SPLIT_RULE
+    _, found = made(root)
+    asked = found["query_id"].to_pylist()
+    assert asked
+    assert {item_id[-1] for item_id in asked} == {"3"}
+    _, found = made(root, queries="split = 'train'")
+    assert {item_id[-1] for item_id in found["query_id"].to_pylist()} == {"2"}, "the caller's filter is the only one"
+
+
 def test_a_second_run_is_skipped_and_another_k_is_not(indexed):
     made(indexed, k=5)
     assert made(indexed, k=5)[0]["skipped"]
     assert "skipped" not in made(indexed, k=6)[0]
+    assert "skipped" not in made(indexed, k=5, queries="item_id LIKE '%-2'")[0]
 
 
 def test_a_fold_with_too_little_says_so_and_is_empty(indexed, items_again):
@@ -72,4 +116,10 @@ def test_an_index_of_everything_leaves_nothing_to_ask_with(indexed):
     run.run(run.IndexConfig(root=indexed, gallery="true"))
     figures, table = made(indexed)
     assert table.num_rows == 0
-    assert figures["rerank"]["empty"] == "no picture beside those in the gallery"
+    assert figures["rerank"]["empty"] == "no picture beside those in the gallery may ask"
+
+
+def test_a_filter_that_keeps_nothing_says_so(indexed):
+    figures, table = made(indexed, queries="item_id = 'none'")
+    assert table.num_rows == 0
+    assert figures["rerank"]["empty"] == "no picture beside those in the gallery may ask"

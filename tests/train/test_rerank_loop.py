@@ -1,5 +1,7 @@
 """Drawing batches, the loop alone and resumed, a loss that breaks, and the choice of what is served."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,13 @@ import torch
 
 from idem import schema
 from train import rerank_loop, rerank_select
-from train.rerank_data import KINDS, Lists, Pool, draw, lists, served
+from train.rerank_data import KINDS, Known, Lists, Pool, draw, lists, served, title_codes
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import Scored, arrange, probability
 from train.rerank_model import Batch
 from train.rerank_score import score
 
-PRODUCTS, PHOTOS, PLACES, CHANNELS = 24, 4, 4, 8
+PRODUCTS, PHOTOS, PLACES, CHANNELS = 32, 4, 4, 8
 CONFIG = RerankConfig(root="", steps=60, minutes=5, batch=8, width=16, layers=1, heads=2, match=8, chunk=5, depth=12, lr=3e-3)
 
 
@@ -37,7 +39,13 @@ def _fold(rows: np.ndarray, products: np.ndarray, random: np.random.Generator) -
     levels = np.where(products[documents] == products[rows][:, None], 0, 3).astype(np.int8)
     cosines = (0.1 * (levels == 0) + random.uniform(0, 0.6, (3, *levels.shape))).astype(np.float32)
     return Lists(
-        queries=rows, documents=documents, cosines=cosines, levels=levels, products=products[documents], families=products[rows] // 2
+        queries=rows,
+        documents=documents,
+        cosines=cosines,
+        levels=levels,
+        products=products[documents],
+        families=products[rows] // 2,
+        told=np.ones(len(rows), bool),
     )
 
 
@@ -144,6 +152,56 @@ def test_untrained_what_is_served_is_retrieval() -> None:
         assert len(settings[kind].table) == len(rerank_select.CHOICES)
 
 
+def known(titles: list[str], products: list[int]) -> Known:
+    """Vectors that differ by what they are of: queries with all they have and with their title alone, and the index's own."""
+    both, text, indexed = np.random.default_rng(0).normal(size=(3, len(titles), 4)).astype(np.float32)
+    codes = np.array(products)
+    return Known(products=codes, families=codes, titles=title_codes(titles, 48), both=both, text=text, indexed=indexed)
+
+
+def test_cosines_of_text_are_with_the_vectors_of_the_index() -> None:
+    rows = {"a": 0, "b": 1, "c": 2}
+    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[0, 3]]}
+    told = known(["red cup", "cup", "tea"], [0, 0, 1])
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), rows, told)
+    for kind, asked in (("both", told.both), ("text", told.text)):
+        np.testing.assert_allclose(made.cosines[KINDS.index(kind), 0], told.indexed[[1, 2]] @ asked[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("titles", "may_tell"),
+    [
+        (["red cup", "cup", "tea"], True),  # its own words
+        (["cup", "cup", "tea"], False),  # one title a product
+        ([" CUP", "cup ", "tea"], False),
+        (["", "cup", "tea"], False),  # nothing to tell
+        (["tea", "cup", "tea"], True),  # another product's title is no answer
+    ],
+)
+def test_a_title_that_a_right_document_has_is_not_asked_with(titles: list[str], may_tell: bool) -> None:
+    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[0, 3]]}
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(titles, [0, 0, 1]))
+    assert made.told.tolist() == [may_tell]
+
+
+def test_a_product_that_no_list_holds_is_not_asked_for_by_title() -> None:
+    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[3, 3]]}
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(["cup", "tea", "pot"], [0, 1, 2]))
+    assert not made.told.any()
+
+
+def test_where_no_title_may_be_told_pictures_alone_are_trained_and_judged() -> None:
+    pool, made, state = fresh()
+    silent = {name: dataclasses.replace(each, told=np.zeros(len(each), bool)) for name, each in made.items()}
+    batch = draw(pool, silent["rerank"], slots=range(100), seed=0, step=0, chunk=5, settings=CONFIG)
+    assert not batch.q_text.any()
+    assert batch.q_mask.any(1).all()
+    settings = rerank_select.judge(state.model.eval(), CONFIG, pool, silent["calibrate"])
+    assert settings["image"].queries
+    for kind in ("both", "text"):
+        assert (settings[kind].queries, settings[kind].choice) == (0, rerank_select.RETRIEVAL)
+
+
 def test_lists_are_read_from_candidates() -> None:
     columns = {
         "query_id": ["a", "b"],
@@ -152,8 +210,7 @@ def test_lists_are_read_from_candidates() -> None:
         "scores": [[0.9, 0.8, 0.7], [0.2]],
         "levels": [[3, 0, 0], [1]],
     }
-    vectors, codes = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, codes, codes, vectors, vectors)
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(["red cup", "cup", "tea"], [0, 0, 1]))
     assert made.documents.tolist() == [[2, 1, -1], [2, -1, -1]], "a query is no answer to itself"
     assert made.levels.tolist() == [[3, 0, -1], [1, -1, -1]]
     assert made.cosines[0].round(4).tolist() == [[0.9, 0.7, 0.0], [0.2, 0.0, 0.0]] or np.allclose(made.cosines[0][:, 0], [0.9, 0.2])
@@ -180,12 +237,12 @@ def test_long_lists_are_scored_in_slices_with_the_same_result(monkeypatch: pytes
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)
 
 
-def _measured(logit_of_right: float, *, queries: int = 60) -> rerank_select.Measured:
+def _measured(logit_of_right: float, *, queries: int = 60, families: int = 15) -> rerank_select.Measured:
     """Lists of 8 whose right document is second in retrieval; its r and scores are `logit_of_right`, those of others 0."""
     levels = np.array([3, 0, 3, 3, 3, 3, 3, 3])
     says = np.where(levels == 0, logit_of_right, 0.0)
     one = Scored(chunk=5, local=says, null=np.zeros(8), logit=says, finalists=np.arange(5), final=says[:5])
-    return rerank_select.Measured(scored=[one] * queries, levels=[levels] * queries, families=np.arange(queries) // 4)
+    return rerank_select.Measured(scored=[one] * queries, levels=[levels] * queries, families=np.arange(queries) % families)
 
 
 def test_a_reranker_that_harms_is_never_chosen() -> None:
@@ -194,6 +251,17 @@ def test_a_reranker_that_harms_is_never_chosen() -> None:
     assert min(row["gain"] for row in table) < 0
     choice, _ = rerank_select.select(_measured(+1.0))
     assert arrange(_measured(1.0).scored[0], choice)[0] == 1
+
+
+@pytest.mark.parametrize("errors", [0.0, 1.0])
+def test_too_few_families_keep_retrieval(errors: float) -> None:
+    for families in (1, 2, rerank_select.FEWEST_FAMILIES - 1):
+        choice, table = rerank_select.select(_measured(+1.0, families=families), errors=errors)
+        assert choice == rerank_select.RETRIEVAL
+        assert not any(row["clear"] for row in table)
+        json.dumps(table, allow_nan=False)
+    assert rerank_select.select(_measured(+1.0, families=rerank_select.FEWEST_FAMILIES))[0] != rerank_select.RETRIEVAL
+    assert rerank_select.clustered_error(np.array([1.0, 0.0]), np.zeros(2)) == np.inf
 
 
 def test_families_not_queries_are_the_unit_of_the_error() -> None:

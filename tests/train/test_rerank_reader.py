@@ -189,7 +189,9 @@ def test_load_gives_what_was_saved_and_knows_its_embedder(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="reads with embedder another"):
         Reranker.load(made.folder, embedder_path=embedder.folder)
     made = reranker_artifact(tmp_path / "identity", reranker, {"identity": True, "embedder": embedder.id})
-    assert isinstance(Reranker.load(made.folder, embedder_path=embedder.folder), IdentityReranker)
+    identity = Reranker.load(made.folder, embedder_path=embedder.folder)
+    assert isinstance(identity, IdentityReranker)
+    assert (identity.identity, loaded.identity) == (True, False)
 
 
 def test_the_identity_keeps_the_order_of_retrieval() -> None:

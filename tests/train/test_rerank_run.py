@@ -84,8 +84,10 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     return layout
 
 
-def offer(layout: Layout, table: pa.Table) -> None:
-    made = manifest.Plan(parent=layout.candidates, kind="candidates", config={"rows": len(table)}, inputs={})
+def offer(layout: Layout, table: pa.Table, **other: str) -> None:
+    embedder = manifest.read(manifest.current(layout.embedder, kind="embedder"), kind="embedder").id
+    inputs = {"items": FakeItems.id, "embedder": embedder, **other}
+    made = manifest.Plan(parent=layout.candidates, kind="candidates", config={"rows": len(table), "fields": "image"}, inputs=inputs)
     Path(made.folder).mkdir(parents=True)
     pq.write_table(table, Path(made.folder) / "candidates.parquet")
     made.write(figures={}, files=["candidates.parquet"])
@@ -120,22 +122,44 @@ def test_too_many_tokens_for_memory_are_refused(layout: Layout) -> None:
     embedder = Embedder(Compact(TINY))
     embedder.token_shape = (36, 1_000_000)
     with pytest.raises(ValueError, match=r"rerank\.tokens_mb allows 2,048"):
-        rerank_run.gather(table, FakeItems(), embedder, config(layout))  # type: ignore[arg-type]
+        rerank_run.gather(table, FakeItems(), embedder, config(layout), fields="image")  # type: ignore[arg-type]
 
 
 def test_a_query_with_two_lists_is_refused(layout: Layout) -> None:
     table = pa.concat_tables([candidates(100), candidates(1)])
     with pytest.raises(ValueError, match="name 1 queries twice"):
-        rerank_run.gather(table, FakeItems(), Embedder(Compact(TINY)), config(layout))  # type: ignore[arg-type]
+        rerank_run.gather(table, FakeItems(), Embedder(Compact(TINY)), config(layout), fields="image")  # type: ignore[arg-type]
 
 
 def test_what_is_gathered_is_what_the_items_hold(layout: Layout) -> None:
-    pool, folds = rerank_run.gather(candidates(100), FakeItems(), Embedder(Compact(TINY)), config(layout))  # type: ignore[arg-type]
+    pool, folds = rerank_run.gather(candidates(100), FakeItems(), Embedder(Compact(TINY)), config(layout), fields="image")  # type: ignore[arg-type]
     assert len(pool.pictured) == PRODUCTS * PHOTOS
     assert (~pool.pictured).sum() == 1, "the broken picture is set aside, the run goes on"
     assert {name: len(made) for name, made in folds.items()} == {"rerank": 20, "calibrate": 20}
     assert not set(folds["rerank"].documents.flatten()) & set(folds["calibrate"].documents.flatten())
     assert (pool.texts.any(1)).sum() == PRODUCTS
+
+
+@pytest.mark.parametrize("fields", ["image", "both"])
+def test_documents_are_encoded_as_the_index_has_them(layout: Layout, fields: str) -> None:
+    items, embedder = FakeItems(), Embedder(Compact(TINY))
+    for item_id, row in items.rows.items():
+        row["title"] = f"seen {item_id}"
+    ids = ["p0-0", "p0-1", "p1-0"]  # the second has a broken picture
+    _, known = rerank_run._read(ids, items, embedder, config(layout), fields)  # type: ignore[arg-type]
+    titles = [f"seen {item_id}" for item_id in ids]
+    pictures = [picture(0, 0), None, picture(1, 0)]
+    texts = titles if fields == "both" else ["", titles[1], ""]
+    np.testing.assert_allclose(known.indexed, embedder.encode(pictures, texts), atol=1e-5)
+    np.testing.assert_allclose(known.both, embedder.encode(pictures, titles), atol=1e-5)
+    np.testing.assert_allclose(known.text, embedder.encode(None, titles), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedder", "items"])
+def test_candidates_of_another_embedder_or_other_items_are_refused(layout: Layout, kind: str) -> None:
+    offer(layout, candidates(24), **{kind: "another"})
+    with pytest.raises(ValueError, match=rf"with {kind} another, the current one is .*index\.candidates again"):
+        rerank_run.run(config(layout))
 
 
 @pytest.mark.ray
