@@ -44,28 +44,25 @@ demo: $(installed) ## the whole road on a shop that it draws; leaves the service
 ##  SERVE=0 stop after the report     PORT=8000 where the page is
 ##  MINUTES=n training time           FRESH=1 throw the earlier run away first
 ##  RUN=runs/x.toml another run file
-	@run='$(RUN)'; catalog='$(CATALOG)'; products='$(PRODUCTS)'; options=(); root=; \
-	if [ -n '$(PORT)' ]; then options+=(--port '$(PORT)'); fi; \
-	if [ -n "$$catalog" ]; then \
-	  run=$${run:-runs/catalog.toml}; name=$$(basename "$$catalog"); root="out/$${name%.parquet}"; \
-	  options+=(--catalog "$$catalog"); \
-	else \
-	  run=$${run:-runs/demo.toml}; \
-	  if [ -n "$$products" ]; then options+=(--set "catalog.products=$$products"); fi; \
-	  if [ -n "$$products" ] && [ "$$products" != 600 ]; then name=$$(basename "$$run" .toml); root="out/$$name-$$products"; fi; \
-	fi; \
-	if [ -n "$$root" ]; then options+=(--set "root=$$root"); fi; \
-	if [ '$(SERVE)' = 0 ]; then options+=(--no-serve); fi; \
-	if [ -n '$(MINUTES)' ]; then options+=(--set 'train.loop.minutes=$(MINUTES)'); fi; \
-	if [ '$(FRESH)' = 1 ]; then \
-	  root=$${root:-$$($(python) -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["root"])' "$$run")}; \
-	  case "$$root" in \
-	    *..*|out/) echo "FRESH=1 removes folders below out/ only, and the root of $$run is $$root" >&2; exit 2;; \
-	    out/*) rm -rf -- "$$root";; \
-	    *) echo "FRESH=1 removes folders below out/ only, and the root of $$run is $$root" >&2; exit 2;; \
-	  esac; \
-	fi; \
-	$(python) -m serve.demo "$$run" $${options[@]+"$${options[@]}"} || { code=$$?; [ $$code = 130 ] || exit $$code; }
+	@$(if $(filter 1,$(FRESH)),$(throw_away))
+	@$(python) -m serve.demo '$(run)' $(options) || { code=$$?; [ $$code = 130 ] || exit $$code; }
+
+run = $(or $(RUN),$(if $(CATALOG),runs/catalog.toml,runs/demo.toml))
+# What is drawn or read otherwise than the run file says gets a folder of its own; "" is that of the run file. The shell's
+# basename, because make's functions take a path with a space for two.
+another_size = $(if $(CATALOG),,$(filter-out 600,$(PRODUCTS)))
+root = $(if $(CATALOG),out/$(shell basename '$(CATALOG)' .parquet),$(if $(another_size),out/$(shell basename '$(run)' .toml)-$(PRODUCTS)))
+options = $(if $(CATALOG),--catalog '$(CATALOG)',$(if $(PRODUCTS),--set 'catalog.products=$(PRODUCTS)')) \
+  $(if $(root),--set 'root=$(root)') $(if $(MINUTES),--set 'train.loop.minutes=$(MINUTES)') \
+  $(if $(PORT),--port '$(PORT)') $(if $(filter 0,$(SERVE)),--no-serve)
+
+define throw_away
+root='$(root)'; \
+	root=$${root:-$$($(python) -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["root"])' '$(run)')}; \
+	[[ "$$root" = out/?* && "$$root" != *..* ]] || { \
+	  echo "FRESH=1 removes folders below out/ only, and the root of $(run) is $$root" >&2; exit 2; }; \
+	rm -rf -- "$$root"
+endef
 
 # Two OpenMP threads beside another busy process spin-wait: a forward pass of 12 ms was seen to take 1.15 s.
 test test-all: export OMP_NUM_THREADS := 1

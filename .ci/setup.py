@@ -1,8 +1,9 @@
 """Make the virtual environment .venv and install pinned requirements into it: `python .ci/setup.py STAMP FILE...`.
 
 The Makefile calls it with whatever Python it found, so it needs the standard library alone. STAMP is touched once all
-FILEs are installed; its name carries their checksum, so an environment that is up to date costs nothing. Progress is one
-line on standard error; pip's whole log stays in .venv/install.log. An environment that exists is added to, never removed.
+FILEs are installed; its name carries their checksum, so an environment that is up to date costs nothing. The stamps that
+it makes untrue go first. Progress is one line on standard error; pip's whole log stays in .venv/install.log. An
+environment that exists is added to, never removed.
 """
 
 import shutil
@@ -17,6 +18,7 @@ VENV = Path(".venv")
 PYTHON = VENV / "bin" / "python"
 CLEAR_LINE = "\r\033[K" if sys.stderr.isatty() else ""
 LOG = VENV / "install.log"
+HARDWARE = {"cpu", "gpu"}  # an environment is for one of them
 EXCLUSIVE = {"requirements-cpu.txt": "faiss-gpu", "requirements-gpu.txt": "faiss-cpu"}
 
 
@@ -73,7 +75,7 @@ def watch(process: subprocess.Popen[str], what: str) -> None:
 def install(files: Sequence[str]) -> None:
     for other in {EXCLUSIVE[file] for file in files if file in EXCLUSIVE}:
         # both provide the module faiss: the one that is not asked for has to go first, or its files are mixed up
-        subprocess.run([PYTHON, "-m", "pip", "uninstall", "--yes", "--quiet", other], capture_output=True)
+        subprocess.run([PYTHON, "-m", "pip", "uninstall", "--yes", "--quiet", other], capture_output=True, check=True)
     command = [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     for file in files:
         command += ["--requirement", file]
@@ -90,8 +92,17 @@ def install(files: Sequence[str]) -> None:
         sys.exit(f"{tail}\npip could not install {', '.join(files)}: the end of its log is above, all of it in {LOG}")
 
 
+def forget(stamp: str) -> None:
+    """Remove the stamps of what an installation for `stamp` replaces: other pins of its kind, and the other hardware."""
+    kind = Path(stamp).name.split("-")[1]  # .installed-KIND-CHECKSUM
+    for old in VENV.glob(".installed-*"):
+        if old.name.split("-")[1] in (HARDWARE if kind in HARDWARE else {kind}):
+            old.unlink()
+
+
 def main(stamp: str, *files: str) -> None:
     make_environment()
+    forget(stamp)  # before, not after: an installation that stops half-way has already changed what they stand for
     install(files)
     Path(stamp).touch()
 

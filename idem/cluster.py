@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import ray
 
@@ -15,15 +16,18 @@ def connect(*, num_cpus: int | None = None) -> None:
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     runtime_env = {"env_vars": WORKER_ENV}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=runtime_env, logging_level=logging.WARNING, log_to_driver=False)
-        return
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=512 << 20,
-        runtime_env=runtime_env,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    with warnings.catch_warnings():
+        # Lance warns of every fork. Those of ray.init are followed by exec at once, so nothing of Lance runs in the child.
+        warnings.filterwarnings("ignore", "lance is not fork-safe")
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(runtime_env=runtime_env, logging_level=logging.WARNING, log_to_driver=False)
+            return
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            runtime_env=runtime_env,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )

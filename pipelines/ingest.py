@@ -10,12 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import lance
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs
 import ray
 import ray.data
 import ray.data.block
@@ -27,9 +29,10 @@ from tqdm import tqdm
 from idem import cluster, config, images, job, manifest, schema, storage
 from pipelines.items import DATASET, ID_KEY, REJECTS
 from pipelines.normalize import Limits, normalize_records, split
-from pipelines.sources import Columns, SourcePlan, find_duplicates, plan_source, read_group
+from pipelines.sources import Columns, SourcePlan, Survey, open_filesystem, plan_source, read_group, survey
 
 log = logging.getLogger("ingest")
+NEVER = timedelta(days=365 * 100)
 
 MADE = pa.schema(
     [
@@ -57,10 +60,9 @@ class IngestConfig(config.Table):
 class RecordSource(ray.data.Datasource):
     """The planned row groups as a Ray Data source: one read task each."""
 
-    def __init__(self, plan: SourcePlan, unseen_fraction: float) -> None:
+    def __init__(self, plan: SourcePlan, surveyed: Survey, unseen_fraction: float) -> None:
         super().__init__()
-        self._plan, self._unseen_fraction = plan, unseen_fraction
-        self._duplicates = find_duplicates(plan)
+        self._plan, self._surveyed, self._unseen_fraction = plan, surveyed, unseen_fraction
 
     def estimate_inmemory_data_size(self) -> int:
         return sum(group.bytes for group in self._plan.groups)
@@ -74,7 +76,8 @@ class RecordSource(ray.data.Datasource):
                 group,
                 columns=self._plan.columns,
                 attributes=self._plan.attributes,
-                duplicates=self._duplicates.get((group.uri, group.number), ()),
+                duplicates=self._surveyed.duplicates.get((group.uri, group.number), ()),
+                settled=self._surveyed.settled[group.uri, group.number],
                 unseen_fraction=self._unseen_fraction,
             )
             known = ray.data.block.BlockMetadata(num_rows=group.rows, size_bytes=group.bytes, exec_stats=None, input_files=(group.uri,))
@@ -133,11 +136,11 @@ def gather(made: Iterable[dict[str, Any]]) -> Written:
     )
 
 
-def _execute(plan: SourcePlan, settings: IngestConfig, folder: str) -> Written:
+def _execute(plan: SourcePlan, surveyed: Survey, settings: IngestConfig, folder: str) -> Written:
     ray.data.DataContext.get_current().enable_progress_bars = False
     limits = Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     made = (
-        ray.data.read_datasource(RecordSource(plan, settings.unseen_fraction), override_num_blocks=len(plan.groups))
+        ray.data.read_datasource(RecordSource(plan, surveyed, settings.unseen_fraction), override_num_blocks=len(plan.groups))
         .map_batches(partial(normalize_records, limits=limits), batch_size=None, batch_format="pyarrow")
         .map_batches(partial(write_outcomes, folder=folder), batch_size=None, batch_format="pyarrow")
     )
@@ -160,11 +163,21 @@ def _check(written: Written, plan: SourcePlan, allowed: float) -> None:
         )
 
 
-def _discard(uri: str, fragments: Iterable[str]) -> None:
-    """Remove the files of fragments that will never be committed; on object stores that is left to the upkeep."""
-    for fragment in fragments if storage.is_local(uri) else ():
-        for file in json.loads(fragment)["files"]:
-            storage.local_path(storage.join(uri, "data", file["path"])).unlink()
+def _has_versions(uri: str) -> bool:
+    filesystem, path = open_filesystem(storage.join(uri, "_versions"))
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    return any(info.extension == "manifest" for info in found)
+
+
+def _clean(folder: str) -> None:
+    """Remove what nobody committed: fragments of an ingest that was killed, or whose books did not please. Versions all stay."""
+    for uri in (storage.join(folder, DATASET), storage.join(folder, REJECTS)):
+        if not _has_versions(uri):
+            storage.remove_tree(uri)
+            continue
+        # Unverified files may be those of a writer at work; there is none, the driver being the only one. No version is
+        # that old, so none is removed: a release may have bound any of them.
+        lance.dataset(uri).cleanup_old_versions(NEVER, delete_unverified=True)
 
 
 def _commit(uri: str, table: pa.Schema, fragments: list[str], made_id: str) -> lance.LanceDataset:
@@ -181,10 +194,13 @@ def _publish(folder: str, written: Written, made_id: str) -> tuple[lance.LanceDa
     return dataset, rejects
 
 
-def _figures(dataset: lance.LanceDataset, rejects: lance.LanceDataset, plan: SourcePlan, written: Written) -> dict[str, Any]:
+def _figures(
+    dataset: lance.LanceDataset, rejects: lance.LanceDataset, plan: SourcePlan, surveyed: Survey, written: Written
+) -> dict[str, Any]:
     known = dataset.to_table(columns=["product_id", "family_id", "id_split", "mime"])
     unseen = pc.equal(known.column("id_split"), "dev_unseen")
     train = pc.equal(known.column("id_split"), "train")
+    families = [set(known.filter(part).column("family_id").unique().to_pylist()) for part in (train, unseen)]
     return {
         "rows": plan.rows,
         "committed": written.committed,
@@ -194,6 +210,8 @@ def _figures(dataset: lance.LanceDataset, rejects: lance.LanceDataset, plan: Sou
         "products_train": pc.count_distinct(known.filter(train).column("product_id")).as_py(),
         "products_unseen": pc.count_distinct(known.filter(unseen).column("product_id")).as_py(),
         "families": pc.count_distinct(known.column("family_id")).as_py(),
+        "families_in_both_splits": len(families[0] & families[1]),  # as given: a sibling in training makes an unseen product familiar
+        "split_conflicts": surveyed.split_conflicts,
         "images": pc.sum(pc.not_equal(known.column("mime"), "")).as_py(),
         "version": dataset.version,
         "rejects_version": rejects.version,
@@ -226,10 +244,14 @@ def run(settings: IngestConfig) -> dict[str, Any]:
     made_id = manifest.fingerprint("items", settings.settings(), inputs)
     if made := finished(layout.items, made_id):
         return {**made.figures, "skipped": True}
+    surveyed = survey(plan)
+    if surveyed.split_conflicts:
+        log.warning("%d products are given more than one id_split: none of them is trained on", surveyed.split_conflicts)
+    _clean(layout.items)
     storage.require_free(layout.items, plan.bytes + plan.bytes // 2)
     cluster.connect()
     try:
-        written = _execute(plan, settings, layout.items)
+        written = _execute(plan, surveyed, settings, layout.items)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):  # one of ours, meant for the user; the lines below it are advice on Ray Data
             raise ValueError(str(error.cause).partition("\n")[0]) from error
@@ -237,11 +259,10 @@ def run(settings: IngestConfig) -> dict[str, Any]:
     try:
         _check(written, plan, settings.max_reject_fraction)
     except ValueError:
-        _discard(storage.join(layout.items, DATASET), written.items)
-        _discard(storage.join(layout.items, REJECTS), written.rejects)
+        _clean(layout.items)
         raise
     items, rejects = _publish(layout.items, written, made_id)
-    figures = _figures(items, rejects, plan, written)
+    figures = _figures(items, rejects, plan, surveyed, written)
     manifest.write(layout.items, kind="items", config=settings.settings(), inputs=inputs, figures=figures)
     return figures
 

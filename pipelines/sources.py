@@ -7,9 +7,10 @@ named as not read. Planning reads schemas and ids only, never pictures.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.fs
@@ -21,6 +22,7 @@ from pipelines.normalize import RECORDS
 
 REQUIRED = ("item_id", "product_id", "image")
 ATTRIBUTES = ("title", "family_id", "coarse", "category", "group", "id_split")
+SETTLED = ("family_id", "coarse", "id_split")  # must be one for all records of a product, or folds and splits leak
 BATCH_ROWS = 128
 
 
@@ -79,7 +81,8 @@ class SourcePlan:
         return sum(group.rows for group in self.groups)
 
 
-def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Where `uri` is, and its path there."""
     if storage.is_local(uri):
         return pyarrow.fs.LocalFileSystem(), str(storage.local_path(uri))
     return pyarrow.fs.FileSystem.from_uri(uri)
@@ -87,7 +90,7 @@ def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 def _list(uri: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:
     """The parquet files at `uri` (itself, or directly in that folder), by name, each with its URI."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     found = filesystem.get_file_info(path)
     if found.type == pyarrow.fs.FileType.File:
         return [(uri, found)]
@@ -103,7 +106,7 @@ def _list(uri: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:
 @contextmanager
 def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """The open file; ValueError that names it where it, or any part read of it, is not sound parquet."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     try:
         with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
             yield file
@@ -195,24 +198,69 @@ def plan_source(uri: str, columns: Columns) -> SourcePlan:
     )
 
 
-def find_duplicates(plan: SourcePlan) -> dict[tuple[str, int], tuple[int, ...]]:
-    """(file, number of the row group) -> rows of that file whose item_id came earlier, in the order of the plan.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What only all records together tell. Both dicts are by group (URI, number).
 
-    Reads the id column alone. It holds every id in memory: about 100 bytes a record.
+    duplicates: rows of the file whose item_id came earlier, in the order of the plan; settled: what holds for all records of
+    a product (of SETTLED), for those products alone whose records differ; split_conflicts: how many products were given more
+    than one id_split.
     """
+
+    duplicates: Mapping[tuple[str, int], tuple[int, ...]]
+    settled: Mapping[tuple[str, int], Mapping[str, Mapping[str, str]]]
+    split_conflicts: int
+
+
+def _settle(told: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """One answer from what the records of a product say of SETTLED: the first that is given, but training gives way."""
+    given = {field: [value for value in values if value] for field, values in zip(SETTLED, zip(*told, strict=True), strict=True)}
+    # A product that is trained on and then judged as unseen would flatter the figures; one that is left out costs little.
+    given["id_split"].sort(key=lambda split: (split != "dev_unseen", split == "train"))
+    return {field: values[0] if values else "" for field, values in given.items()}
+
+
+def _read_ids(group: Group, columns: Columns, known: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """item_id, product_id and what is said of SETTLED, for each row of the group."""
+    fields = ("item_id", "product_id", *SETTLED)
+    with _parquet(group.uri) as file:
+        have = [name for name in {columns.get(f) for f in fields} if name in file.schema_arrow.names]
+        table = file.read_row_group(group.number, columns=have)
+    texts = [_texts(table.column(columns.get(f))) if columns.get(f) in have else [""] * group.rows for f in fields]
+    for item_id, product_id, *own in zip(*texts, strict=True):
+        of_product = known.get(product_id, {})
+        yield item_id, product_id, tuple(value or of_product.get(f, "") for f, value in zip(SETTLED, own, strict=True))
+
+
+def survey(plan: SourcePlan) -> Survey:
+    """Find ids that repeat, and settle what the records of a product tell differently.
+
+    Reads the columns of ids, families and splits alone. It holds every id in memory: 170 bytes a record
+    were measured with four records a product, 360 with one.
+    """
+    known = load_attributes(plan.attributes, plan.columns)
     seen: set[str] = set()
-    found: dict[tuple[str, int], tuple[int, ...]] = {}
+    first: dict[str, tuple[str, ...]] = {}
+    differ: dict[str, dict[tuple[str, ...], None]] = {}  # dicts for sets that keep their order
+    duplicates: dict[tuple[str, int], tuple[int, ...]] = {}
+    products: dict[tuple[str, int], dict[str, None]] = {}
     for group in plan.groups:
-        with _parquet(group.uri) as file:
-            ids = _texts(file.read_row_group(group.number, columns=[plan.columns.item_id]).column(0))
-        rows = []
-        for row, item_id in enumerate(ids, group.first_row):
+        rows, inside = [], products.setdefault((group.uri, group.number), {})
+        for row, (item_id, product_id, told) in enumerate(_read_ids(group, plan.columns, known), group.first_row):
             if item_id and item_id in seen:
                 rows.append(row)
             seen.add(item_id)
+            inside[product_id] = None
+            if product_id and first.setdefault(product_id, told) != told:
+                differ.setdefault(product_id, {first[product_id]: None})[told] = None
         if rows:
-            found[group.uri, group.number] = tuple(rows)
-    return found
+            duplicates[group.uri, group.number] = tuple(rows)
+    settled = {product_id: _settle(told) for product_id, told in differ.items()}
+    return Survey(
+        duplicates=duplicates,
+        settled={key: {p: settled[p] for p in inside if p in settled} for key, inside in products.items()},
+        split_conflicts=sum(len({t[SETTLED.index("id_split")] for t in told} - {""}) > 1 for told in differ.values()),
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -231,9 +279,9 @@ def load_attributes(files: tuple[str, ...], columns: Columns) -> Mapping[str, Ma
     return known
 
 
-def _record(own: Mapping[str, str], known: Mapping[str, str], unseen_fraction: float) -> dict[str, str]:
-    """Fill in what a record does not say: from its product's attributes first, then by the fallbacks of Columns."""
-    told = {**own, **{field: own[field] or known.get(field, "") for field in ATTRIBUTES}}
+def _record(own: Mapping[str, str], known: Mapping[str, str], settled: Mapping[str, str], unseen_fraction: float) -> dict[str, str]:
+    """What is settled for its product holds; what a record does not say comes from the product's attributes, then the fallbacks."""
+    told = {**own, **{field: own[field] or known.get(field, "") for field in ATTRIBUTES}, **settled}
     told["family_id"] = told["family_id"] or told["coarse"] or told["product_id"]
     told["category"] = told["category"] or told["group"]
     # Whole families are dealt: a sibling in training would make an "unseen" product familiar.
@@ -253,9 +301,13 @@ def read_group(
     columns: Columns,
     attributes: tuple[str, ...] = (),
     duplicates: tuple[int, ...] = (),
+    settled: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     unseen_fraction: float = 0.2,
 ) -> Iterator[pa.Table]:
-    """The records of one row group as tables of RECORDS with at most BATCH_ROWS rows, so that memory stays bounded."""
+    """The records of one row group as tables of RECORDS with at most BATCH_ROWS rows, so that memory stays bounded.
+
+    `duplicates` and `settled` are those of the group's Survey.
+    """
     known = load_attributes(attributes, columns)
     again = frozenset(duplicates)
     row = group.first_row
@@ -265,7 +317,7 @@ def read_group(
             empty = [""] * batch.num_rows
             texts = {f: _texts(batch.column(columns.get(f))) if columns.get(f) in have else empty for f in TEXTS}
             own = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
-            told = [_record(o, known.get(o["product_id"], {}), unseen_fraction) for o in own]
+            told = [_record(o, known.get(o["product_id"], {}), settled.get(o["product_id"], {}), unseen_fraction) for o in own]
             table: dict[str, object] = {name: [t[name] for t in told] for name in RECORDS.names if name in TEXTS}
             table |= {"source_file": [group.name] * len(told), "source_row": range(row, row + len(told))}
             table |= {"duplicate": [r in again for r in range(row, row + len(told))], "image": _images(batch.column(columns.image))}

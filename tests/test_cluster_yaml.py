@@ -1,6 +1,7 @@
 """cluster.yaml against the schema and the checks that ray itself ships, and what it promises beyond them."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def test_it_passes_the_checks_of_ray_up(config: dict) -> None:
     prepared = util.prepare_config(config)
     util.validate_config(prepared)
     assert prepared["setup_commands"] == config["setup_commands"], "ray's default would install a nightly ray"
+
+
+def test_every_node_mounts_the_shared_root_at_one_path(config: dict) -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    (mount,) = [command for command in config["initialization_commands"] if "sudo mount " in command]
+    assert re.search(r" -t nfs4 -o \S*\bhard\b\S* \S+:/ /mnt/idem$", mount)
+    assert config["initialization_commands"][-1].startswith("mountpoint -q /mnt/idem &&"), "a node without it must not start"
+    # A node type with a list of its own would go without the mount.
+    assert [name for name, node in config["available_node_types"].items() if "initialization_commands" in node] == []
+    assert f"efs.{config['provider']['region']}." in mount
+    assert re.findall(r"--set root=(\S+)", text) == ["/mnt/idem/x"]
 
 
 def test_the_head_takes_no_work(config: dict) -> None:

@@ -1,7 +1,10 @@
 """Rules of the house that no linter knows: names, requirement files, and what may be committed."""
 
+import ast
+import importlib.util
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
@@ -34,6 +37,9 @@ FORBIDDEN = tuple(
 PICKLES = re.compile(
     r"^\s*(import|from) (pickle|dill|shelve|joblib|cloudpickle)\b|\b(pickle|joblib)\.loads?\(|allow_pickle=True|weights_only=False", re.M
 )
+# Targets of links and pictures in Markdown, and of pictures in the HTML within.
+LINKS = re.compile(r"\]\(\s*<?([^)>\s]+)|\bsrc=[\"']([^\"']+)")
+PLACEHOLDER = re.compile(r"\b[A-Z]+_(?:OUTPUT|MINUTES)\b")
 TORCH_LOAD = re.compile(r"torch\.load\((?!.*weights_only=True)")
 
 
@@ -88,6 +94,23 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+def imported(path: str) -> set[str]:
+    """The top-level modules that a Python file imports anywhere, relative imports aside."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text(path), path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def declared(*extras: str) -> set[str]:
+    """Canonical names of the distributions that pyproject.toml asks for, with those of `extras`."""
+    lines = [*project()["dependencies"], *(line for extra in extras for line in project()["optional-dependencies"][extra])]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
 def test_no_installed_distribution_owns_our_names() -> None:
     owned = packages_distributions()
     assert {name: owned[name] for name in PACKAGES if name in owned} == {}
@@ -140,3 +163,56 @@ def test_pins_are_complete() -> None:
     needed = {name: needs(requirement) for name, requirement in pinned.items() if name != "torch"}
     assert sum(map(len, needed.values())) > 100, "hardly anything pinned is installed: nothing would be checked here"
     assert {f"{name} needs {r.name}" for name, found in needed.items() for r in found if canonicalize_name(r.name) not in pinned} == set()
+
+
+@pytest.mark.parametrize(("folders", "extras"), [((*PACKAGES, "benchmarks"), ("cpu", "gpu")), (("tests",), ("cpu", "gpu", "dev"))])
+def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    owners, asked = packages_distributions(), declared(*extras)
+    own = {*PACKAGES, "benchmarks", "tests", *sys.stdlib_module_names}
+    files = [path for path in tracked() if path.endswith(".py") and path.split("/")[0] in folders]
+    foreign = {(path, module) for path in files for module in imported(path) - own}
+    assert {"numpy", "pyarrow"} <= {module for _, module in foreign}
+    undeclared = [f"{path}: {m}" for path, m in sorted(foreign) if not {canonicalize_name(d) for d in owners.get(m, ())} & asked]
+    assert undeclared == []
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    paths = {ROOT / path for path in tracked()}
+    there = paths | {folder for path in paths for folder in path.parents}
+    documents = [
+        path for path in tracked() if path in ("README.md", "CONTRIBUTING.md") or (path.startswith("docs/") and path.endswith(".md"))
+    ]
+    links = [(path, link) for path in documents for groups in LINKS.findall(text(path)) for link in groups if link]
+    relative = [(path, link.split("#")[0]) for path, link in links if not re.match(r"[a-z][a-z0-9+.-]*:|#", link)]
+    assert relative
+    assert [f"{path}: {link}" for path, link in relative if ((ROOT / path).parent / link).resolve() not in there] == []
+
+
+def test_the_readme_is_filled_in() -> None:
+    assert PLACEHOLDER.findall(text("README.md")) == []
+
+
+@pytest.mark.parametrize(
+    ("made", "gone"),
+    [("cpu-2", {"cpu-1", "gpu-1"}), ("gpu-1", {"cpu-1", "gpu-1"}), ("gpu-2", {"cpu-1", "gpu-1"}), ("dev-2", {"dev-1"})],
+)
+def test_an_installation_takes_the_stamps_that_it_makes_untrue(
+    made: str, gone: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("setup_environment", ROOT / ".ci" / "setup.py")
+    assert spec
+    assert spec.loader
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    monkeypatch.chdir(tmp_path)
+    before = {"cpu-1", "gpu-1", "dev-1"}
+    seen: list[set[str]] = []
+    stamps = lambda: {path.name.removeprefix(".installed-") for path in Path(".venv").iterdir()}  # noqa: E731
+    Path(".venv").mkdir()
+    for name in before:
+        Path(".venv", f".installed-{name}").touch()
+    monkeypatch.setattr(setup, "make_environment", lambda: None)
+    monkeypatch.setattr(setup, "install", lambda files: seen.append(stamps()))
+    setup.main(f".venv/.installed-{made}", "requirements.txt")
+    assert seen == [before - gone]  # an installation that stops half-way leaves none of them
+    assert stamps() == before - gone | {made}

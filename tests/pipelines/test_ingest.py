@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lance.fragment import write_fragments
 from PIL import Image
 
 from idem import job, manifest, schema, storage
@@ -153,6 +154,52 @@ def test_a_crash_before_the_manifest_leaves_the_old_version(
     assert open_items(uri).take(["i06"], ["width"])["width"][0].as_py() == 256
     ingest.run(changed)
     assert open_items(uri).take(["i06"], ["width"])["width"][0].as_py() == 100
+
+
+def test_what_a_killed_ingest_left_is_removed_and_every_version_stays(settings: ingest.IngestConfig, tmp_path: Path) -> None:
+    settings = settings.model_copy(update={"root": str(tmp_path)})
+    uri = storage.Layout(str(tmp_path)).items
+    orphans = [Path(uri, name, "data", "left.lance") for name in (DATASET, REJECTS)]
+
+    def kill_one() -> None:
+        for orphan in orphans:
+            orphan.parent.mkdir(parents=True, exist_ok=True)
+            orphan.write_bytes(b"left")
+        write_fragments(pa.table({"item_id": ["x"]}), storage.join(uri, DATASET), mode="overwrite", schema=pa.schema({"item_id": "string"}))
+
+    kill_one()  # before there is any version, in the midst of the first commit
+    Path(uri, DATASET, "_versions").mkdir()
+    first = ingest.run(settings)
+    before = {name: lance.dataset(storage.join(uri, name)).versions() for name in (DATASET, REJECTS)}
+    kept = files(Path(uri, DATASET)) | files(Path(uri, REJECTS))
+    kill_one()
+    written = files(Path(uri, DATASET)) | files(Path(uri, REJECTS))
+    assert len(written - kept) == 3
+    ingest.run(settings.model_copy(update={"max_side": 100}))
+    assert not (written - kept) & files(Path(uri))
+    assert kept <= files(Path(uri))
+    for name, versions in before.items():
+        assert [v["version"] for v in lance.dataset(storage.join(uri, name)).versions()][: len(versions)] == [
+            v["version"] for v in versions
+        ]
+    old = open_items(uri, version=first["version"])
+    assert old.count() == first["committed"]
+    assert old.images(["i07"]) == [picture(7)]
+
+
+def test_a_family_on_both_sides_is_told(ray_session: None, tmp_path: Path) -> None:
+    n = 6
+    columns = {
+        "image_id": [f"i{k}" for k in range(n)],
+        "product_id": [f"p{k // 2}" for k in range(n)],
+        "image": [picture(k) for k in range(n)],
+    }
+    splits = ["train", "train", "train", "dev_unseen", "train", None]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({**columns, "family_id": ["f", None, "f", "f", "g", None], "id_split": splits}), path, row_group_size=2)
+    made = ingest.run(ingest.IngestConfig(root=str(tmp_path), source=str(path)))
+    assert (made["split_conflicts"], made["families_in_both_splits"], made["families"]) == (1, 1, 2)
+    assert (made["products_train"], made["products_unseen"]) == (2, 1)
 
 
 def test_a_damaged_file_is_named_and_publishes_nothing(ray_session: None, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from idem import folds
 from pipelines.normalize import RECORDS
-from pipelines.sources import BATCH_ROWS, Columns, SourcePlan, find_duplicates, plan_source, read_group
+from pipelines.sources import BATCH_ROWS, Columns, SourcePlan, Survey, plan_source, read_group, survey
 
 COLUMNS = Columns()
 
@@ -19,11 +21,14 @@ def write(path: Path, columns: dict[str, object], **options: object) -> str:
 
 def photos(path: Path, n: int = 4, start: int = 0, **columns: object) -> str:
     ids = [f"i{start + k}" for k in range(n)]
-    return write(path, {"image_id": ids, "product_id": [f"p{k % 2}" for k in range(n)], "image": [b"x"] * n, **columns}, row_group_size=3)
+    return write(path, {"image_id": ids, "product_id": [f"p{k % 2}" for k in range(n)], "image": [b"x"] * n} | columns, row_group_size=3)
 
 
 def records(plan: SourcePlan, **options: object) -> list[dict]:
-    tables = [t for g in plan.groups for t in read_group(g, columns=plan.columns, attributes=plan.attributes, **options)]
+    """All that is read, with what the survey settled, as ingest reads it."""
+    settled = survey(plan).settled
+    told = {"columns": plan.columns, "attributes": plan.attributes, **options}
+    tables = [t for g in plan.groups for t in read_group(g, settled=settled[g.uri, g.number], **told)]
     assert all(t.schema == RECORDS for t in tables)
     return pa.concat_tables(tables).to_pylist()
 
@@ -65,12 +70,69 @@ def test_what_a_record_says_goes_before_what_its_product_says(tmp_path: Path) ->
 
 def test_families_are_dealt_whole_where_the_split_is_missing(tmp_path: Path) -> None:
     n = 400
-    path = photos(tmp_path / "a.parquet", n, family_id=[f"f{k // 4}" for k in range(n)], id_split=["dev_unseen"] + [None] * (n - 1))
+    columns = {"product_id": [f"q{k}" for k in range(n)], "family_id": [f"f{k // 4}" for k in range(n)]}
+    path = photos(tmp_path / "a.parquet", n, **columns, id_split=["dev_unseen"] + [None] * (n - 1))
     made = records(plan_source(path, COLUMNS), unseen_fraction=0.3)
     assert made[0]["id_split"] == "dev_unseen"
     for r in made[1:]:
         assert r["id_split"] == ("dev_unseen" if folds.uniform(r["family_id"], "unseen") < 0.3 else "train")
     assert 0.2 < sum(r["id_split"] == "dev_unseen" for r in made) / n < 0.4
+
+
+def first(values: list[str | None]) -> str:
+    return next((value for value in values if value), "")
+
+
+TOLD = st.fixed_dictionaries(
+    {
+        "product_id": st.sampled_from(["p0", "p1", "p2", "", None]),
+        "family_id": st.sampled_from([None, "", "f", "g"]),
+        "coarse": st.sampled_from([None, "c", "d"]),
+        "id_split": st.sampled_from([None, "", "train", "dev_unseen", "other"]),
+    }
+)
+PRODUCT = st.fixed_dictionaries({"family_id": st.sampled_from([None, "h"]), "id_split": st.sampled_from([None, "train", "dev_unseen"])})
+
+
+@settings(deadline=None)
+@given(rows=st.lists(TOLD, min_size=1, max_size=12), of_p0=st.none() | PRODUCT)
+def test_a_product_has_one_family_and_one_split(tmp_path_factory: pytest.TempPathFactory, rows: list[dict], of_p0: dict | None) -> None:
+    folder = tmp_path_factory.mktemp("source")
+    photos(folder / "a.parquet", len(rows), **{name: pa.array([r[name] for r in rows], pa.string()) for name in rows[0]})
+    if of_p0:
+        products = {"product_id": ["p0"]} | {name: pa.array([value], pa.string()) for name, value in of_p0.items()}
+        write(folder / "products.parquet", products)
+    plan = plan_source(str(folder), COLUMNS)
+    made, conflicts = records(plan, unseen_fraction=0.5), 0
+    for product_id in {r["product_id"] for r in rows} - {None, ""}:
+        known = (of_p0 if product_id == "p0" else None) or {}
+        told = [{name: r[name] or known.get(name) for name in r} for r in rows if r["product_id"] == product_id]
+        families, splits = zip(*((r["family_id"], r["id_split"]) for r in made if r["product_id"] == product_id), strict=True)
+        family = first([r["family_id"] for r in told]) or first([r["coarse"] for r in told]) or product_id
+        assert set(families) == {family}
+        answers = {r["id_split"] for r in told} - {None, ""}
+        assert len(set(splits)) == 1
+        if not answers:
+            assert splits[0] == ("dev_unseen" if folds.uniform(family, "unseen") < 0.5 else "train")
+        elif "dev_unseen" in answers:
+            assert splits[0] == "dev_unseen"
+        else:
+            assert splits[0] == ("other" if "other" in answers else "train")
+        conflicts += len(answers) > 1
+    assert survey(plan).split_conflicts == conflicts
+
+
+def test_only_products_whose_records_differ_are_handed_on(tmp_path: Path) -> None:
+    path = photos(tmp_path / "a.parquet", 6, family_id=["f", "g", "f", None, "f", "g"], id_split=["train"] * 4 + ["dev_unseen", "train"])
+    plan = plan_source(path, COLUMNS)
+    settled = {
+        "p0": {"family_id": "f", "coarse": "", "id_split": "dev_unseen"},
+        "p1": {"family_id": "g", "coarse": "", "id_split": "train"},
+    }
+    found = survey(plan)
+    assert (list(found.settled.values()), found.split_conflicts) == ([settled, settled], 1)
+    same = plan_source(photos(tmp_path / "b.parquet", 6, family_id=["f", "g"] * 3), COLUMNS)
+    assert list(survey(same).settled.values()) == [{}, {}]
 
 
 def test_columns_may_have_other_names_and_types(tmp_path: Path) -> None:
@@ -100,7 +162,7 @@ def test_the_first_of_an_id_stays(tmp_path: Path) -> None:
     for name in ("1.parquet", "2.parquet"):
         write(tmp_path / name, {"image_id": ids, "product_id": ["p"] * 7, "image": [b"x"] * 7}, row_group_size=4)
     plan = plan_source(str(tmp_path), COLUMNS)
-    found = {(Path(uri).name, number): rows for (uri, number), rows in find_duplicates(plan).items()}
+    found = {(Path(uri).name, number): rows for (uri, number), rows in survey(plan).duplicates.items()}
     assert found == {("1.parquet", 0): (2,), ("1.parquet", 1): (6,), ("2.parquet", 0): (0, 1, 2), ("2.parquet", 1): (6,)}
     (table,) = read_group(plan.groups[1], columns=COLUMNS, duplicates=(6,))
     assert table["duplicate"].to_pylist() == [False, False, True]
@@ -190,4 +252,4 @@ def test_the_public_sets(shared_data: Path) -> None:
     assert (first["family_id"], first["category"], first["id_split"]) == ("Apple", "Fruit", "train")
     emoji = plan_source(str(shared_data / "emoji"), COLUMNS)
     assert (emoji.rows, emoji.not_read) == (17533, ("qrels.parquet", "queries.parquet", "texts.parquet"))
-    assert not find_duplicates(emoji)
+    assert survey(emoji) == Survey(duplicates={}, settled={(g.uri, g.number): {} for g in emoji.groups}, split_conflicts=0)
