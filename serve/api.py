@@ -91,8 +91,8 @@ def respond(answer: Answer, *, request_id: str, release: str, timings_ms: dict[s
     return SearchResponse(request_id=request_id, release=release, results=results, degraded=list(answer.degraded), timings_ms=timings_ms)
 
 
-def create_gateway(backend: Backend, *, limits: Limits | None = None, depth: int = DEPTH) -> FastAPI:
-    """The ASGI application over `backend`."""
+def create_gateway(backend: Backend, *, limits: Limits | None = None, depth: int = DEPTH, settings: str = "") -> FastAPI:
+    """The ASGI application over `backend`; `settings` is what /version tells of the settings that answers depend on."""
     # The interactive documents of FastAPI load scripts from elsewhere, so there is the schema alone.
     app = FastAPI(title="Idem", version=idem.__version__, docs_url=None, redoc_url=None)
     limits = limits or Limits()
@@ -100,7 +100,7 @@ def create_gateway(backend: Backend, *, limits: Limits | None = None, depth: int
     _answer_errors(app)
     _add_search(app, backend, limits, depth)
     _add_items(app, backend)
-    _add_state(app, backend)
+    _add_state(app, backend, settings)
     return app
 
 
@@ -138,7 +138,7 @@ def _add_items(app: FastAPI, backend: Backend) -> None:
         return {**found, "image_url": image_url(item_id)}
 
 
-def _add_state(app: FastAPI, backend: Backend) -> None:
+def _add_state(app: FastAPI, backend: Backend, settings: str) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -151,7 +151,7 @@ def _add_state(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"name": "idem", "version": idem.__version__, "release": backend.release}
+        return {"name": "idem", "version": idem.__version__, "release": backend.release, "settings": settings}
 
 
 class Envelope:

@@ -7,6 +7,7 @@ autoscaling, its own bound on requests in work and in wait, and its own health c
 """
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -88,6 +89,11 @@ class ServiceConfig(BaseModel):
     searcher: Scale = Scale(target_ongoing_requests=8, max_ongoing_requests=16)
     reranker: Scale = Scale(target_ongoing_requests=2, max_ongoing_requests=2, max_queued_requests=16, num_cpus=0.2)
 
+    def answering(self) -> str:
+        """8 hexadecimal digits that change with the settings on which answers depend, beside the release."""
+        said = self.model_dump_json(include={"depth", "mode", "rows_per_product", "timeout_ms", "shard_timeout_ms"})
+        return hashlib.sha256(said.encode()).hexdigest()[:8]
+
 
 class Embedder:
     """Queries that arrive together are encoded together."""
@@ -134,8 +140,9 @@ class Reranker:
     """One comparison at a time; the pictures of the candidates are fetched here. What is cancelled while it waits is never begun."""
 
     def __init__(self, release: Release, mode: Literal["listwise", "pointwise"]) -> None:
-        assert release.reranker
-        self.reranker = engine.load_reranker(release.reranker, release.embedder)
+        path = engine.trained_reranker(release)
+        assert path
+        self.reranker = engine.load_reranker(path, release.embedder)
         self.items = open_items(release.items, release.items_version)
         self.mode: Literal["listwise", "pointwise"] = mode
         self.worker = ThreadPoolExecutor(1)
@@ -194,7 +201,7 @@ class Gateway:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_gateway(self, limits=self.config.limits, depth=self.config.depth)
+        return create_gateway(self, limits=self.config.limits, depth=self.config.depth, settings=self.config.answering())
 
     async def _embed(self, query: Query) -> np.ndarray:
         vector = await call("embedder", self.parts["embedder"].embed, query)
@@ -247,5 +254,5 @@ def build(args: ServiceConfig) -> ray.serve.Application:
     count = len(manifest.read(release.index, kind="index").files) // 2
     embedder = deployed(Embedder, "Embedder", args.embedder).bind(release.embedder, args.max_batch, args.batch_wait_ms)
     shards = [deployed(ShardSearcher, f"ShardSearcher-{i}", args.searcher).bind(release.index, i) for i in range(count)]
-    reranker = deployed(Reranker, "Reranker", args.reranker).bind(release, args.mode) if release.reranker else None
+    reranker = deployed(Reranker, "Reranker", args.reranker).bind(release, args.mode) if engine.trained_reranker(release) else None
     return deployed(Gateway, "Gateway", args.gateway).bind(args, release, embedder, shards, reranker)

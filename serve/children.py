@@ -94,8 +94,10 @@ class MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._seconds):
+        over = False
+        while not over:  # looked at first: what is over sooner than the first wait has a peak too
             self.peak_mb = max(self.peak_mb, tree_mb())
+            over = self._over.wait(self._seconds)
 
 
 def tree_mb() -> float:

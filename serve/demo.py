@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pydantic import ConfigDict
 from idem import cluster, config, job, storage
 from serve import measured, stages
 from serve.children import Child, JobFailed, MemoryWatch
+from serve.port import require_port
 from serve.stages import Noted, StageTime
 
 CPUS = 4  # logical: on two cores the jobs' actors must fit side by side, waiting more than working
@@ -49,7 +49,8 @@ class Endpoint(config.Table):
 
     @property
     def url(self) -> str:
-        return f"http://{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +84,6 @@ def plan(*, catalog: str | None, endpoint: Endpoint) -> list[Stage]:
 
 def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def require_port(endpoint: Endpoint) -> None:
-    """ValueError where something listens there already: better said now than after minutes of training."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((endpoint.host, endpoint.port))
-        except OSError as error:
-            raise ValueError(
-                f"port {endpoint.port} of {endpoint.host} cannot be used ({error.strerror}); end what uses it, or take another with --port"
-            ) from error
 
 
 def require_catalog(path: str | None) -> int:
@@ -174,16 +163,18 @@ def wait_ready(url: str, child: Child) -> None:
     raise ValueError(f"the service at {url} was not ready after {READY_S:.0f} s")
 
 
-def travel(road: Road, todo: Sequence[Stage], url: str) -> None:
+def travel(road: Road, todo: Sequence[Stage], endpoint: Endpoint) -> None:
     for number, stage in enumerate(todo, 1):
-        road.go(stage, f"{number}/{len(todo)}", lambda child: wait_ready(url, child))
+        if stage.background:
+            require_port(endpoint.host, endpoint.port)  # another may have taken it, whose answers would be measured as ours
+        road.go(stage, f"{number}/{len(todo)}", lambda child: wait_ready(endpoint.url, child))
 
 
 def conclude(road: Road, root: str, endpoint: Endpoint, *, stay: bool) -> dict[str, Any]:
     """The last tables; then the service until Ctrl-C, if it stays."""
     result, noted = measured.load(root), road.noted()
     report = str(storage.local_path(storage.join(root, "report.html")).absolute())
-    say(f"\n{measured.table(result.rows)}\n")
+    say(f"\n{measured.told(result)}\n")
     say(f"{stages.table(noted)}\n")
     say(f"report   {report}")
     if stay:
@@ -211,16 +202,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = [*arguments.set, *([f"serve.port={arguments.port}"] if arguments.port else [])]
     root = config.load(arguments.run, "catalog", Root, settings).root
     endpoint = config.load(arguments.run, "serve", Endpoint, settings)
-    require_port(endpoint)
+    require_port(endpoint.host, endpoint.port)  # better said now than after minutes of training
     storage.require_free(root, NEEDED_BYTES + 3 * require_catalog(arguments.catalog))
     storage.require_free(tempfile.gettempdir(), NEEDED_TEMPORARY)
     start = time.perf_counter()
+    ray_stage = Stage(job="ray", title="Start Ray")
+    say(ray_stage.title)
     with MemoryWatch() as watch, private_cluster() as env:
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave our children behind
         road = Road(arguments.run, root, settings, env, watch)
-        road.note(Stage(job="ray", title="Start Ray"), time.perf_counter() - start)
+        road.note(ray_stage, time.perf_counter() - start)
         try:
-            travel(road, plan(catalog=arguments.catalog, endpoint=endpoint), endpoint.url)
+            travel(road, plan(catalog=arguments.catalog, endpoint=endpoint), endpoint)
             return conclude(road, root, endpoint, stay=not arguments.no_serve)
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough: a second would leave processes behind

@@ -4,6 +4,7 @@ What is measured is what is served: the deployments of serve.app call these very
 they are loaded, because the gateway and the shard searchers import this module and live without torch.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from idem import metrics
+from idem import metrics, storage
 from idem.types import Document, Hit, Query, Ranking
 from index.release import Release
 from index.searcher import Searcher
@@ -112,7 +113,7 @@ def compose(
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """All of a release in one process. `reranker` is None where the release has none: the order of retrieval stands."""
+    """All of a release in one process. `reranker` is None where the release has none that was trained: the order of retrieval stands."""
 
     encoder: Encodes
     searcher: Searches
@@ -129,7 +130,7 @@ class Engine:
             encoder=load_encoder(release.embedder),
             searcher=Searcher.open(release.index),
             pictures=open_items(release.items, release.items_version),
-            reranker=load_reranker(release.reranker, release.embedder) if release.reranker else None,
+            reranker=load_reranker(path, release.embedder) if (path := trained_reranker(release)) else None,
             depth=depth,
             rows_per_product=rows_per_product,
         )
@@ -165,6 +166,13 @@ def load_encoder(path: str) -> Encodes:
 
     torch.set_num_threads(1)
     return Embedder.load(path)
+
+
+def trained_reranker(release: Release) -> str | None:
+    """Where the release's reranker is, or None where it has none or the identity: that has a cosine to tell, and no probability."""
+    if release.reranker is None or json.loads(storage.read_bytes(storage.join(release.reranker, "config.json")))["identity"]:
+        return None
+    return release.reranker
 
 
 def load_reranker(path: str, embedder_path: str) -> Reranks:

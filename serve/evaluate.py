@@ -4,6 +4,7 @@ The gallery is embedded with the release's embedder, by the fields its index was
 (--index: with the release's kind of index). Rows with a query's own image_id never answer it; rows collapse to
 product_id before any @K. Levels come from --qrels (3 - grade, unlisted 3), else from product, family and category.
 G counts over the gallery, for reranking alone over the candidates; queries with G = 0 are dropped and counted.
+Of a reranker's r: its calibration, and precision, recall and F1 at 0.5; its latency also with 8, 50 and 100 candidates.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from idem.types import Query, Ranking
 from index.release import Release
 from serve import ranking, reranking, retrieval, tables
 from serve.encoding import Encode, Fields
+from serve.engine import trained_reranker
 from serve.retrieval import Found
 from train.embedder import Embedder, HistogramEmbedder
 from train.reranker import Reranker
@@ -72,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _check(task: Task, release: Release) -> None:
-    if task.rerank != "none" and release.reranker is None:
-        raise ValueError(f"--rerank {task.rerank}: the release {release.name} has no reranker; only none is possible")
+    if task.rerank != "none" and trained_reranker(release) is None:
+        raise ValueError(f"--rerank {task.rerank}: the release {release.name} has no reranker that was trained; only none is possible")
     if task.rerank != "none" and task.embedder != "release":
         raise ValueError(f"--embedder {task.embedder} is a baseline of retrieval alone; it takes --rerank none")
     if task.embedder == "histogram" and task.query_fields != "image":
@@ -98,12 +100,12 @@ def _read(task: Task) -> tuple[tables.Rows, tables.Rows]:
     return gallery, queries
 
 
-def ask(task: Task, found: Found, rankings: Mapping[int, np.ndarray]) -> list[reranking.Asked]:
-    """The queries of `rankings` (query -> gallery rows), each with its first `depth` candidates."""
+def ask(task: Task, found: Found, rankings: Mapping[int, np.ndarray], *, depth: int = 0) -> list[reranking.Asked]:
+    """The queries of `rankings` (query -> gallery rows), each with its first `depth` candidates, 0 for the task's own."""
     places = np.array(list(rankings), np.int64)
     pictures = found.queries.images(places) if task.query_fields != "text" else [None] * len(places)
     texts = found.queries.texts[places] if task.query_fields != "image" else [""] * len(places)
-    candidates = [rankings[q][: task.depth] for q in places.tolist()]
+    candidates = [rankings[q][: depth or task.depth] for q in places.tolist()]
     return [
         reranking.Asked(query=Query(image=picture, text=text), rows=rows, scores=found.cosines(q, rows))
         for q, picture, text, rows in zip(places.tolist(), pictures, texts, candidates, strict=True)
@@ -125,10 +127,19 @@ def rerank(task: Task, found: Found, reranker: reranking.Reranker) -> tuple[list
     within = np.stack([np.bincount(level, minlength=metrics.LEVELS) for level in levels])
     return rankings, {
         "reranking_alone": metrics.summarise([level[list(v.order)] for level, v in zip(levels, verdicts, strict=True)], within),
-        "rerank_latency": {**retrieval.latency(seconds), "depth": task.depth},
+        "rerank_latency": {**reranking.latency(seconds), "depth": task.depth},
+        "rerank_latency_at": _speeds(task, found, reranker, mode, kept),
         "calibration": _calibration(task, found, reranker, mode, dict(zip(kept, verdicts, strict=True))),
+        "instances": reranking.instances(verdicts, levels),
         **reranking.flips(reranker, found.gallery, asked, verdicts, mode),
     }
+
+
+def _speeds(task: Task, found: Found, reranker: reranking.Reranker, mode: reranking.Mode, kept: Sequence[int]) -> dict[str, Any]:
+    """Latency at several numbers of candidates, of the queries of `kept` that have the most."""
+    longest = sorted(kept, key=lambda q: -len(found.rankings[q]))[: reranking.TIMED + 1]
+    asked = ask(task, found, {q: found.rankings[q] for q in longest}, depth=max(reranking.SIZES))
+    return reranking.speeds(reranker, found.gallery, asked, mode)
 
 
 def _calibration(
@@ -152,6 +163,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     index = manifest.read(release.index, kind="index").config
     gallery, queries = _read(task)
     encode, fields = _encoder(task, release, index)
+    search = retrieval.search_with(index["factory"], index["parameters"]) if task.index else ranking.rank
     found = retrieval.find(
         gallery,
         queries,
@@ -159,13 +171,14 @@ def evaluate(task: Task) -> dict[str, Any]:
         gallery_fields=fields,
         query_fields=task.query_fields,
         judged=tables.read_qrels(task.qrels) if task.qrels else None,
-        search=retrieval.search_with(index["factory"], index["parameters"]) if task.index else ranking.rank,
+        search=search,
     )
-    said = {"retrieval_latency": retrieval.time_exact(found, encode, task.query_fields)}
+    said = {"retrieval_latency": retrieval.time_search(found, encode, task.query_fields, search)}
     levels = [found.level(q, rows) for q, rows in enumerate(found.rankings)]
     if task.rerank != "none":
-        assert release.reranker
-        rankings, judged = rerank(task, found, Reranker.load(release.reranker, embedder_path=release.embedder))
+        path = trained_reranker(release)
+        assert path
+        rankings, judged = rerank(task, found, Reranker.load(path, embedder_path=release.embedder))
         said |= {"retrieval": metrics.summarise(levels, found.counts), **judged}
         levels = [found.level(q, rows) for q, rows in enumerate(rankings)]
     return {

@@ -2,6 +2,8 @@
 
 Every query is asked twice, without and with reranking, by its picture alone. The baselines (colour histogram, untrained
 embedder) search the same gallery exactly, in this process. Latency is that of one request at a time, after a warm-up.
+An answer that lacks a part of the service is asked for again; a measurement that still holds one is told, and made anew
+by the next run.
 """
 
 import logging
@@ -27,6 +29,7 @@ from train.embedder import Embedder, HistogramEmbedder
 
 COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
 BATCH = 256
+SPLIT_RULE = "rows of split train"  # as index.plan.choose_gallery says it in the index's manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,14 @@ class Exam:
 
     def level(self, query: int, rows: np.ndarray) -> np.ndarray:
         return self.levels[query][self.known.codes[rows]]
+
+
+def asking(config: EvaluateConfig, rule: str) -> EvaluateConfig:
+    """Who asks. Photos of one product share the scene (METHOD.md section 7): where an index took photos of split train by its own
+    rule, those that it left out do not ask unless `queries` was chosen."""
+    if rule != SPLIT_RULE or config.queries != measured.UNSEEN:
+        return config
+    return config.model_copy(update={"queries": f"{measured.UNSEEN} AND split != 'train'"})
 
 
 def draw(queries: pa.Table, limit: int, seed: int) -> pa.Table:
@@ -148,26 +159,45 @@ def question(client: httpx.Client, pictures: Sequence[bytes], exam: Exam, config
     return rows, answers, sum(bool(answer["degraded"]) for answer in plain + full)
 
 
+def plan_of(config: EvaluateConfig, release: Release, service: str) -> manifest.Plan:
+    """What the measurement depends on; `service` is the hash of the settings that the running service answers with."""
+    settings = {name: value for name, value in config.settings().items() if name not in ("url", "concurrency")}
+    inputs = {"release": release.id, "service": service}
+    return manifest.Plan(parent=storage.join(config.root, measured.KIND), kind=measured.KIND, config=settings, inputs=inputs)
+
+
+def whole(plan: manifest.Plan) -> manifest.Manifest | None:
+    """The measurement if it was made and every answer in it was whole."""
+    made = plan.finished()
+    return made if made and not made.figures["degraded"] else None
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
-    layout = storage.Layout(config.root)
-    release = Release.open(layout.releases)
-    settings = {name: value for name, value in config.settings().items() if name not in ("url", "concurrency")}
-    plan = manifest.Plan(
-        parent=storage.join(config.root, measured.KIND), kind=measured.KIND, config=settings, inputs={"release": release.id}
-    )
-    if made := plan.finished():
-        print(measured.table(measured.load(config.root).rows), file=sys.stderr)  # noqa: T201
-        return {**made.figures, "evaluation": plan.folder, "skipped": True}
+    release = Release.open(storage.Layout(config.root).releases)
+    config = asking(config, manifest.read(release.index, kind="index").figures.get("rule", ""))
+    with httpx.Client(base_url=config.url, timeout=TIMEOUT_S) as client:
+        plan = plan_of(config, release, require_release(client, release.name, config.url))
+        if made := whole(plan):
+            print(measured.told(measured.load(config.root)), file=sys.stderr)  # noqa: T201
+            return {**made.figures, "evaluation": plan.folder, "skipped": True}
+        result = measure(config, release, client)
+    storage.write_bytes(storage.join(plan.folder, measured.NAME), result.model_dump_json(indent=1).encode())
+    figures = {"queries": len(result.answers), "degraded": result.degraded, **{row.name: row.metrics for row in result.rows}}
+    plan.write(figures=figures, files=[measured.NAME])
+    print(measured.told(result), file=sys.stderr)  # noqa: T201
+    return {**figures, "evaluation": plan.folder}
+
+
+def measure(config: EvaluateConfig, release: Release, client: httpx.Client) -> Measured:
+    """Ask the service behind `client` and search by the baselines."""
     items = open_items(release.items, release.items_version)
     meta = pa.concat_tables([shard.meta for shard in Searcher.open(release.index).shards])
     exam = prepare(items, meta, config)
     pictures = [picture or b"" for picture in items.images(exam.queries["item_id"].to_pylist())]
-    with httpx.Client(base_url=config.url, timeout=TIMEOUT_S) as client:
-        require_release(client, release.name, config.url)
-        rows, answers, degraded = question(client, pictures, exam, config)
+    rows, answers, degraded = question(client, pictures, exam, config)
     rows = baselines(release, items, exam, meta["title"].to_pylist(), config.top_k) + rows
-    result = Measured(
+    return Measured(
         release=release.name,
         queries=config.queries,
         gallery_items=len(exam.known),
@@ -178,11 +208,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         rows=rows,
         answers=answers,
     )
-    storage.write_bytes(storage.join(plan.folder, measured.NAME), result.model_dump_json(indent=1).encode())
-    figures = {"queries": len(answers), "degraded": degraded, **{row.name: row.metrics for row in rows}}
-    plan.write(figures=figures, files=[measured.NAME])
-    print(measured.table(rows), file=sys.stderr)  # noqa: T201
-    return {**figures, "evaluation": plan.folder}
 
 
 if __name__ == "__main__":

@@ -89,6 +89,21 @@ def _cell(column: str, value: float | int | None) -> str:
     return "-" if value is None else f"{value:.0f}" if column.endswith("_ms") else f"{value:.3f}"
 
 
+def caution(result: Measured) -> str:
+    """What has to be said beside the table, "" where every answer was whole."""
+    if not result.degraded:
+        return ""
+    return (
+        f"{result.degraded} of {2 * len(result.answers)} answers lacked a part of the service, however often they were asked for: "
+        "these figures are not those of the release; measure again"
+    )
+
+
+def told(result: Measured) -> str:
+    """The table of the rows, and below it what has to be said."""
+    return "\n".join(filter(None, (table(result.rows), caution(result))))
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
     lines = [["", *COLUMNS]] + [[r.name, *(_cell(c, v) for c, v in zip(COLUMNS, r.cells(), strict=True))] for r in rows]

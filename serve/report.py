@@ -118,7 +118,8 @@ def summary(result: Measured) -> str:
         f"<p>{len(result.answers)} photos of {result.query_products} products asked the running service by their picture alone "
         f"(<code>{html.escape(result.queries)}</code>); the gallery holds {result.gallery_items:,} items of {result.gallery_products:,} "
         f"products. Latency: {result.timed} requests, one at a time, over HTTP. The baselines search the same gallery exactly.</p>"
-        f'<div class="scroll"><table class="wide"><tr><th></th>{head}</tr>{body}</table></div>'
+        + (f"<p><b>{html.escape(said)}.</b></p>" if (said := measured.caution(result)) else "")
+        + f'<div class="scroll"><table class="wide"><tr><th></th>{head}</tr>{body}</table></div>'
     )
 
 

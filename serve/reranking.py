@@ -15,6 +15,9 @@ from serve.tables import Rows
 Mode = Literal["pointwise", "listwise"]
 CHUNK = 256  # queries whose candidates' pictures are in memory together
 ABSENT = 0.3  # share of the queries whose product is taken out of the gallery, to judge r (METHOD.md section 4)
+THRESHOLD = 0.5  # of r, from which on a candidate is called the very same product
+SIZES = (8, 50, 100)  # candidates of a query, at which the reranker is timed
+TIMED, TIMED_S = 10, 20.0  # queries timed at each size, and the seconds after which no other is begun
 FLIPS = 100  # queries asked again with their candidates shuffled
 
 
@@ -91,6 +94,50 @@ def calibration(rankings: Sequence[Ranking], levels: Sequence[np.ndarray]) -> di
         "brier_skill": round(metrics.brier_skill(r, happened), 4),
         "base_rate": round(float(happened.mean()), 4),
     }
+
+
+def instances(rankings: Sequence[Ranking], levels: Sequence[np.ndarray]) -> dict[str, float | int | None]:
+    """Precision, recall and F1 of "r is at least THRESHOLD" as a verdict on the very same product, over all candidates together."""
+    r = np.concatenate([np.zeros(0), *(ranking.relevance for ranking in rankings)])
+    same = np.concatenate([np.zeros(0, bool), *(found == 0 for found in levels)])
+    said = r >= THRESHOLD
+    right, claimed, there = (int(mask.sum()) for mask in (said & same, said, same))
+    return {
+        "threshold": THRESHOLD,
+        "precision": round(right / claimed, 4) if claimed else None,
+        "recall": round(right / there, 4) if there else None,
+        "F1": round(2 * right / (claimed + there), 4) if claimed + there else None,
+        "candidates": len(r),
+        "same": there,
+    }
+
+
+def speeds(reranker: Reranker, gallery: Rows, asked: Sequence[Asked], mode: Mode) -> dict[str, dict[str, float | int]]:
+    """Latency at each of SIZES that the candidates of `asked` reach; one query before the others as warm-up."""
+    return {str(size): _speed(reranker, gallery, kept, mode) for size in SIZES if (kept := _cut(asked, size))}
+
+
+def _cut(asked: Sequence[Asked], size: int) -> list[Asked]:
+    long = [a for a in asked if len(a.rows) >= size][: TIMED + 1]
+    return [Asked(query=a.query, rows=a.rows[:size], scores=a.scores[:size]) for a in long]
+
+
+def _speed(reranker: Reranker, gallery: Rows, asked: Sequence[Asked], mode: Mode) -> dict[str, float | int]:
+    seconds: list[float] = []
+    until = time.perf_counter() + TIMED_S
+    for a, shown in zip(asked, documents(gallery, asked), strict=True):
+        start = time.perf_counter()
+        reranker.rerank(a.query, shown, mode=mode)
+        seconds.append(time.perf_counter() - start)
+        if time.perf_counter() > until:
+            break
+    return latency(seconds[1:] or seconds)
+
+
+def latency(seconds: Sequence[float] | np.ndarray) -> dict[str, float | int]:
+    """p50 and p99 in milliseconds, and of how many queries."""
+    p50, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 99])
+    return {"p50_ms": round(float(p50), 2), "p99_ms": round(float(p99), 2), "queries": len(seconds)}
 
 
 def flips(

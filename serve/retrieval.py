@@ -12,6 +12,7 @@ from idem import metrics
 from index.searcher import make_index
 from serve import ranking
 from serve.encoding import Encode, Fields, encode_batch, encode_rows
+from serve.reranking import latency
 from serve.tables import Rows
 
 TIMED = 50  # queries asked one at a time for the latency of embedding and search
@@ -46,11 +47,13 @@ class Found:
 
 
 def search_with(factory: str, parameters: str) -> Search:
-    """`ranking.rank` by a FAISS index built over the gallery: what it misses is missing from the rankings."""
+    """`ranking.rank` by a FAISS index: what it misses is missing from the rankings. It is built once for the same vectors."""
+    built: list[tuple[np.ndarray, Any]] = []
 
     def search(queries: np.ndarray, vectors: np.ndarray, codes: np.ndarray, own: Sequence[np.ndarray]) -> list[np.ndarray]:
-        built = make_index(vectors, factory=factory, parameters=parameters)
-        _, rows = built.search(queries, min(ranking.DEPTH, len(vectors)))
+        if not built or built[0][0] is not vectors:
+            built[:] = [(vectors, make_index(vectors, factory=factory, parameters=parameters))]
+        _, rows = built[0][1].search(queries, min(ranking.DEPTH, len(vectors)))
         kept = [row[(row >= 0) & ~np.isin(row, mine)] for row, mine in zip(rows, own, strict=True)]
         return [row[metrics.collapse(codes[row].tolist())] for row in kept]
 
@@ -95,19 +98,14 @@ def find(
     )
 
 
-def latency(seconds: Sequence[float] | np.ndarray) -> dict[str, float | int]:
-    p50, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 99])
-    return {"p50_ms": round(float(p50), 2), "p99_ms": round(float(p99), 2), "queries": len(seconds)}
-
-
-def time_exact(found: Found, encode: Encode, fields: Fields) -> dict[str, float | int]:
-    """Embedding and exact search of one query after the other, the first left out as warm-up."""
+def time_search(found: Found, encode: Encode, fields: Fields, search: Search) -> dict[str, float | int]:
+    """Embedding and search of one query after the other by what found the answers, the first left out as warm-up."""
     sample = range(min(TIMED + 1, len(found.queries)))
     seconds: list[float] = []
     for i, picture in zip(sample, found.queries.images(sample), strict=True):
         start = time.perf_counter()
         vector, _ = encode_batch(encode, [picture], [found.queries.texts[i]], fields)
-        ranking.rank(vector, found.vectors, found.known.codes, [np.zeros(0, np.int64)])
+        search(vector, found.vectors, found.known.codes, [np.zeros(0, np.int64)])
         seconds.append(time.perf_counter() - start)
     return latency(seconds[1:] or seconds)
 

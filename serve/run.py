@@ -7,7 +7,6 @@ it was stopped after that.
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -20,9 +19,11 @@ from pydantic import Field
 from idem import cluster, job, storage
 from idem.config import Table
 from serve.app import NAME, ServiceConfig, build
+from serve.port import require_port
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("serve.run")  # as a job this module is __main__
 
+HEAD = "node:__internal_head__"  # the resource by which Ray marks the head node, where a proxy always runs
 BACKSTOP_S = 10  # beyond the deadline that the gateway keeps itself
 
 
@@ -38,26 +39,24 @@ class ServeConfig(Table, ServiceConfig):
         return ServiceConfig(**{**settings, "release": self.release or storage.Layout(self.root).releases})
 
 
-def require_port(host: str, port: int) -> None:
-    """ValueError unless `port` of `host` can be listened on."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ValueError(f"cannot listen on port {port} of {host} ({error.strerror}); choose another with --set serve.port=") from error
+def proxy_is_ours() -> bool:
+    """Will the proxy that Serve is about to start listen on this machine? Not where the cluster's Serve is up already."""
+    here = ray.get_runtime_context().get_node_id()
+    heads = [node["NodeID"] for node in ray.nodes() if HEAD in node["Resources"]]
+    return here in heads and not ray.serve.status().proxies
 
 
 def start(config: ServeConfig) -> dict[str, Any]:
-    """Deploy and wait until every part is up; figures for the JSON line. A cluster that was joined keeps its own port check."""
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    if not joined:
-        require_port(config.host, config.port)
+    """Deploy and wait until every part is up; figures for the JSON line."""
+    if not os.environ.get("RAY_ADDRESS"):
+        require_port(config.host, config.port)  # before a cluster is started in vain
     service = config.service()
     application = build(service)
     log.info("starting the service of %s", service.release)
     cluster.connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # our own lines say the same
+    if proxy_is_ours():
+        require_port(config.host, config.port)
     options = {"host": config.host, "port": config.port, "request_timeout_s": service.timeout_ms / 1e3 + BACKSTOP_S}
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     ray.serve.start(http_options=options, logging_config=quiet)

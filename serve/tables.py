@@ -12,6 +12,7 @@ from uuid import uuid4
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 IDS = ("image_id", "query_id")
@@ -56,7 +57,7 @@ class Rows:
         if not len(which) or not self.has_image:
             return [None] * len(which)
         wanted, back = np.unique(self.position[np.asarray(which)], return_inverse=True)
-        column = _dataset(self.path).take(pa.array(wanted), columns=["image"])["image"].to_pylist()
+        column = _encoded(_dataset(self.path).take(pa.array(wanted), columns=["image"])["image"])
         return [column[i] for i in back]
 
     def batches(self, *, pictures: bool = True) -> Iterator[tuple[np.ndarray, list[bytes | None]]]:
@@ -76,7 +77,7 @@ class Rows:
             first, last = np.searchsorted(sorted_positions, [seen, seen + len(batch)])
             if last > first:
                 inside = pa.array(sorted_positions[first:last] - seen)
-                yield place[first:last], batch["image"].take(inside).to_pylist()
+                yield place[first:last], _encoded(batch["image"].take(inside))
             seen += len(batch)
 
 
@@ -89,6 +90,25 @@ def _dataset(path: str) -> ds.Dataset:
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
     return found
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _is_wrapped(kind: pa.DataType) -> bool:
+    """{bytes, path}, as Hugging Face writes pictures."""
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+
+
+def _encoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
+    return (pc.struct_field(column, "bytes") if _is_wrapped(column.type) else column).to_pylist()
+
+
+def _require_pictures(path: str, schema: pa.Schema) -> None:
+    kind = schema.field("image").type if "image" in schema.names else pa.null()
+    if not (_is_binary(kind) or _is_wrapped(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"{path}: column image must hold encoded pictures (binary, or a struct with bytes), its type is {kind}")
 
 
 def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -140,7 +160,7 @@ def read(path: str, *, condition: str = "", products: str | None = None, need_pr
     """The rows of a gallery or of queries that meet `condition` (SQL on the columns; "" for all).
 
     Families and categories come from `products` (a parquet with product_id), else from columns of the file itself, else
-    from a products.parquet beside it. ValueError for a missing file or column, and where no row is left.
+    from a products.parquet beside it. ValueError for a missing file or column, pictures of another type, and where no row is left.
     """
     dataset = _dataset(path)
     names = dataset.schema.names
@@ -150,9 +170,8 @@ def read(path: str, *, condition: str = "", products: str | None = None, need_pr
         missing.append("product_id")
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(missing)}; its columns are {', '.join(names)}")
-    held = [
-        f.name for f in dataset.schema if not (pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type) or pa.types.is_nested(f.type))
-    ]
+    _require_pictures(path, dataset.schema)
+    held = [f.name for f in dataset.schema if not (_is_binary(f.type) or pa.types.is_nested(f.type))]
     table = dataset.to_table(columns=held)
     table = table.append_column("_position", pa.array(np.arange(len(table))))
     if condition:

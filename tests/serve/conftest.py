@@ -1,19 +1,35 @@
 """A shop small enough to check by hand: one colour a product, two pictures each, two shards, and trivial models over it."""
 
 import io
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import lance
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from idem import images
+from idem import images, manifest, schema, storage
 from idem.types import Document, Hit, Query, Ranking
+from index import release, shard
 from index.merge import best_first, merge
+from pipelines.items import DATASET, ID_KEY, open_items
 from serve.api import Picture
 from serve.engine import Answer, Engine
+from train.backbones import Compact, CompactConfig
+from train.embedder import Embedder
+from train.rerank_data import KINDS
+from train.rerank_merge import Choice
+from train.rerank_model import ListwiseReranker, Shape
+from train.rerank_select import Served
 
+SMALL = CompactConfig(side=32, widths=(4, 4, 8, 8), dim=16, text_dim=8, text_layers=1, text_length=16)
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "sand": (210, 190, 140), "plum": (120, 30, 110)}
 
 
@@ -65,11 +81,12 @@ class Backwards:
 
 @dataclass
 class Shop:
+    colours: dict[str, tuple[int, int, int]] = field(default_factory=lambda: COLOURS)
     pictures: dict[str, bytes] = field(default_factory=dict)
     hits: list[Hit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, colour in COLOURS.items():
+        for name, colour in self.colours.items():
             for number in range(2):
                 item_id = f"{name}/{number}"
                 self.pictures[item_id] = picture(colour, shade=12 * number)
@@ -87,6 +104,81 @@ class Shop:
 @pytest.fixture(scope="session")
 def colour_shop() -> Shop:
     return Shop()
+
+
+def write_items(root: str, shop) -> int:
+    rows = [
+        {
+            **{name: "" for name in ("lang", "style", "split")},
+            **{name: getattr(hit, name) for name in ("item_id", "product_id", "family_id", "category", "title")},
+            **{"image": shop.pictures[hit.item_id], "mime": "image/png", "width": 24, "height": 24, "role": "photo"},
+            **{"id_split": "train", "content_hash": hit.item_id, "source_file": "memory", "source_row": row},
+        }
+        for row, hit in enumerate(shop.hits)
+    ]
+    folder = storage.Layout(root).items
+    table = pa.Table.from_pylist(rows, schema=schema.ITEMS)
+    known = {ID_KEY: manifest.fingerprint("items", {}, {})}
+    dataset = lance.write_dataset(table.replace_schema_metadata(known), storage.join(folder, DATASET))
+    manifest.write(folder, kind="items", config={}, inputs={}, figures={"version": dataset.version})
+    return dataset.version
+
+
+def write_model(plan: manifest.Plan, config: dict, names: dict[str, torch.nn.Module]) -> str:
+    folder = storage.local_path(plan.folder)
+    folder.mkdir(parents=True)
+    for name, model in names.items():
+        save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    plan.write(figures={}, files=["config.json", *(f"{name}.safetensors" for name in names)])
+    return plan.folder
+
+
+def write_index(root: str, embedder: Embedder, version: int) -> None:
+    items = open_items(storage.Layout(root).items)
+    table = items.table([*shard.META_COLUMNS, "image"])
+    vectors = embedder.encode(table["image"].to_pylist(), table["title"].to_pylist())
+    inputs = {"items": items.id, "items_version": str(version), "embedder": embedder.id}
+    said = {"fields": "both", "factory": "Flat", "parameters": ""}
+    plan = manifest.Plan(parent=storage.Layout(root).index, kind="index", config=said, inputs=inputs)
+    files = []
+    for number in range(2):
+        rows = np.arange(number, table.num_rows, 2)
+        files += shard.build(plan.folder, number, vectors=vectors[rows], meta=table.take(pa.array(rows)), factory="Flat")
+    plan.write(figures={"rule": "rows that the filter `gallery` keeps"}, files=files)
+
+
+@pytest.fixture(scope="session")
+def releases(colour_shop, tmp_path_factory) -> str:
+    """root/releases of a run whose models have random weights; its reranker always takes its own order."""
+    root = str(tmp_path_factory.mktemp("run"))
+    layout = storage.Layout(root)
+    torch.manual_seed(0)
+    version = write_items(root, colour_shop)
+    plan = manifest.Plan(parent=layout.embedder, kind="embedder", config={}, inputs={})
+    compact = {"model": SMALL.model_dump(), "fractions": (0.4, 0.4, 0.2)}
+    embedder = Embedder.load(write_model(plan, compact, {"model": Compact(SMALL), "untrained": Compact(SMALL)}))
+    write_index(root, embedder, version)
+    shape = Shape(tokens=embedder.token_shape[0], channels=embedder.token_shape[1], vocabulary=embedder.vocabulary, width=16, heads=2)
+    served = {kind: Served(choice=Choice(blend=1.0)).model_dump() for kind in KINDS}
+    said = {"identity": False, "embedder": embedder.id, "chunk": 4, "shape": shape.model_dump(), "served": served}
+    plan = manifest.Plan(parent=layout.reranker, kind="reranker", config={}, inputs={"embedder": embedder.id})
+    write_model(plan, said, {"model": ListwiseReranker(shape)})
+    release.run(release.ReleaseConfig(root=root, name="tiny"))
+    return layout.releases
+
+
+@pytest.fixture(scope="session")
+def identity_releases(releases, tmp_path_factory) -> str:
+    """root/releases of the same run, whose current release has a reranker that found too little to learn from."""
+    root = str(tmp_path_factory.mktemp("identity") / "run")
+    shutil.copytree(Path(releases).parent, root)
+    layout = storage.Layout(root)
+    embedder = manifest.read(manifest.current(layout.embedder, kind="embedder"), kind="embedder").id
+    plan = manifest.Plan(parent=layout.reranker, kind="reranker", config={"identity": True}, inputs={"embedder": embedder})
+    write_model(plan, {"identity": True}, {})
+    release.run(release.ReleaseConfig(root=root, name="identity"))
+    return layout.releases
 
 
 class ShopBackend:

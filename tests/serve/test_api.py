@@ -171,6 +171,7 @@ def test_items_and_their_pictures(client, red):
 def test_state_and_unknown_paths(client, backend):
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/version").json()["release"] == "test-release"
+    assert TestClient(create_gateway(backend, settings="abc")).get("/version").json()["settings"] == "abc"
     assert client.get("/readyz").json() == {"ready": True, "parts": {"embedder": True, "shard-0": True}}
     backend.up = {"embedder": False, "shard-0": True}
     assert client.get("/readyz").status_code == 503

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,94 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import lance
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import ray.serve
-import torch
 from ray import cloudpickle
-from safetensors.torch import save_file
 
-from idem import manifest, schema, storage
 from idem.types import Query, Ranking
-from index import release, shard
 from index.release import Release
-from pipelines.items import DATASET, ID_KEY, open_items
 from serve import app, run
 from serve.engine import Engine
-from train.backbones import Compact, CompactConfig
-from train.embedder import Embedder
-from train.rerank_data import KINDS
-from train.rerank_merge import Choice
-from train.rerank_model import ListwiseReranker, Shape
-from train.rerank_select import Served
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = CompactConfig(side=32, widths=(4, 4, 8, 8), dim=16, text_dim=8, text_layers=1, text_length=16)
 DEPTH = 6
-
-
-def write_items(root: str, shop) -> int:
-    rows = [
-        {
-            **{name: "" for name in ("lang", "style", "split")},
-            **{name: getattr(hit, name) for name in ("item_id", "product_id", "family_id", "category", "title")},
-            **{"image": shop.pictures[hit.item_id], "mime": "image/png", "width": 24, "height": 24, "role": "photo"},
-            **{"id_split": "train", "content_hash": hit.item_id, "source_file": "memory", "source_row": row},
-        }
-        for row, hit in enumerate(shop.hits)
-    ]
-    folder = storage.Layout(root).items
-    table = pa.Table.from_pylist(rows, schema=schema.ITEMS)
-    known = {ID_KEY: manifest.fingerprint("items", {}, {})}
-    dataset = lance.write_dataset(table.replace_schema_metadata(known), storage.join(folder, DATASET))
-    manifest.write(folder, kind="items", config={}, inputs={}, figures={"version": dataset.version})
-    return dataset.version
-
-
-def write_model(plan: manifest.Plan, config: dict, names: dict[str, torch.nn.Module]) -> str:
-    folder = storage.local_path(plan.folder)
-    folder.mkdir(parents=True)
-    for name, model in names.items():
-        save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    plan.write(figures={}, files=["config.json", *(f"{name}.safetensors" for name in names)])
-    return plan.folder
-
-
-def write_index(root: str, embedder: Embedder, version: int) -> None:
-    items = open_items(storage.Layout(root).items)
-    table = items.table([*shard.META_COLUMNS, "image"])
-    vectors = embedder.encode(table["image"].to_pylist(), table["title"].to_pylist())
-    inputs = {"items": items.id, "items_version": str(version), "embedder": embedder.id}
-    plan = manifest.Plan(parent=storage.Layout(root).index, kind="index", config={}, inputs=inputs)
-    files = []
-    for number in range(2):
-        rows = np.arange(number, table.num_rows, 2)
-        files += shard.build(plan.folder, number, vectors=vectors[rows], meta=table.take(pa.array(rows)), factory="Flat")
-    plan.write(figures={}, files=files)
-
-
-@pytest.fixture(scope="module")
-def releases(colour_shop, tmp_path_factory) -> str:
-    """root/releases of a run whose models have random weights; its reranker always takes its own order."""
-    root = str(tmp_path_factory.mktemp("run"))
-    layout = storage.Layout(root)
-    torch.manual_seed(0)
-    version = write_items(root, colour_shop)
-    plan = manifest.Plan(parent=layout.embedder, kind="embedder", config={}, inputs={})
-    compact = {"model": SMALL.model_dump(), "fractions": (0.4, 0.4, 0.2)}
-    embedder = Embedder.load(write_model(plan, compact, {"model": Compact(SMALL), "untrained": Compact(SMALL)}))
-    write_index(root, embedder, version)
-    shape = Shape(tokens=embedder.token_shape[0], channels=embedder.token_shape[1], vocabulary=embedder.vocabulary, width=16, heads=2)
-    served = {kind: Served(choice=Choice(blend=1.0)).model_dump() for kind in KINDS}
-    said = {"identity": False, "embedder": embedder.id, "chunk": 4, "shape": shape.model_dump(), "served": served}
-    plan = manifest.Plan(parent=layout.reranker, kind="reranker", config={}, inputs={"embedder": embedder.id})
-    write_model(plan, said, {"model": ListwiseReranker(shape)})
-    release.run(release.ReleaseConfig(root=root, name="tiny"))
-    return layout.releases
 
 
 def free_port() -> int:
@@ -155,6 +81,8 @@ def test_the_port_is_checked_first():
         with pytest.raises(ValueError, match=rf"port {port} .*--set serve\.port="):
             run.require_port("127.0.0.1", port)
     run.require_port("127.0.0.1", port)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening, pytest.raises(ValueError, match="of ::1"):
+        run.require_port("::1", listening.getsockname()[1])
     with pytest.raises(ValueError, match="no-such-host"):
         run.require_port("no-such-host.invalid", port)
     with pytest.raises(ValueError, match="65535"):
@@ -167,9 +95,33 @@ def test_the_run_file_settings_reach_the_service():
     assert run.ServeConfig(root="out", release="out/releases/a").service().release == "out/releases/a"
 
 
+def test_the_hash_of_the_settings_changes_with_those_that_answers_depend_on():
+    plain = app.ServiceConfig(release="r")
+    changes = [{"depth": 7}, {"mode": "pointwise"}, {"rows_per_product": 1}, {"timeout_ms": 9}, {"shard_timeout_ms": 9}]
+    assert len({plain.answering(), *(plain.model_copy(update=change).answering() for change in changes)}) == 6
+    assert plain.model_copy(update={"release": "elsewhere", "max_batch": 1}).answering() == plain.answering()
+
+
+def test_an_identity_reranker_is_not_deployed(identity_releases, releases):
+    parts = [app.build(app.ServiceConfig(release=path))._bound_deployment.init_args[-1] for path in (identity_releases, releases)]
+    assert parts[0] is None
+    assert parts[1] is not None
+
+
 def test_a_missing_release_is_an_error_of_the_user(tmp_path):
     with pytest.raises(ValueError, match="no finished release"):
         app.build(app.ServiceConfig(release=str(tmp_path)))
+
+
+@pytest.mark.ray
+def test_a_joined_cluster_on_this_machine_has_its_port_checked_before_serve_starts(ray_session, releases, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "the one that is joined already")
+    assert run.proxy_is_ours()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on port {port}"):
+            run.start(run.ServeConfig(root=str(Path(releases).parent), port=port))
+    assert not ray.serve.status().proxies
 
 
 def asked(picture: bytes | None, text: str = "") -> dict:
@@ -211,6 +163,8 @@ def test_items_pictures_and_state(service, colour_shop):
         "parts": {"embedder": True, "shard-0": True, "shard-1": True, "rerank": True},
     }
     assert service.get("/version").json()["release"] == "tiny"
+    assert service.get("/version").json()["settings"] == app.ServiceConfig(release="r", depth=DEPTH).answering()
+    assert not run.proxy_is_ours()  # one is up already, and may be used
     assert service.get("/v1/items/red/0").json()["title"] == "a red thing <b>0</b>"
     assert service.get("/v1/items/red/0/image").content == colour_shop.pictures["red/0"]
     assert service.get("/v1/items/pink").status_code == 404
@@ -308,7 +262,8 @@ def test_the_job_says_when_it_is_ready_and_ends_cleanly(releases, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'root = "{Path(releases).parent}"\n[serve]\nport = {port}\n')
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with subprocess.Popen([sys.executable, "-m", "serve.run", str(file)], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as child:
+    command, told = [sys.executable, "-m", "serve.run", str(file)], tmp_path / "told"
+    with told.open("wb") as stderr, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr) as child:
         try:
             assert child.stdout is not None
             said = json.loads(child.stdout.readline())
@@ -323,4 +278,7 @@ def test_the_job_says_when_it_is_ready_and_ends_cleanly(releases, tmp_path):
         finally:
             child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0
+    lines = told.read_text()
+    assert "serve.run: open http" in lines
+    assert not re.search("__main__|Started Serve|existing Serve|is ready", lines), lines
     run.require_port("127.0.0.1", port)

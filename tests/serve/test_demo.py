@@ -79,10 +79,10 @@ def test_a_port_in_use_and_a_catalogue_without_parquet_are_said_at_once(tmp_path
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
-            demo.require_port(demo.Endpoint(root="r", port=port))
+        with pytest.raises(ValueError, match=rf"cannot listen on port {port} of 127.0.0.1 \(Address already in use\); .*serve\.port="):
+            demo.require_port("127.0.0.1", port)
         assert demo.main([str(tmp_path / "run.toml"), "--port", str(port)]) == 2
-    demo.require_port(demo.Endpoint(root="r", port=port))
+    demo.require_port("127.0.0.1", port)
     with pytest.raises(ValueError, match="there is no parquet"):
         demo.require_catalog(str(tmp_path))
 
@@ -90,7 +90,7 @@ def test_a_port_in_use_and_a_catalogue_without_parquet_are_said_at_once(tmp_path
 def test_too_little_disk_is_said_before_anything_starts(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.toml").write_text(f'root = "{tmp_path / "root"}"\n')
     monkeypatch.setattr(demo, "NEEDED_BYTES", 1 << 60)
-    monkeypatch.setattr(demo, "require_port", lambda endpoint: None)
+    monkeypatch.setattr(demo, "require_port", lambda host, port: None)
     assert demo.main([str(tmp_path / "run.toml")]) == 2
     assert "too little disk" in capsys.readouterr().err
 
@@ -153,9 +153,23 @@ def test_stages_are_noted_and_a_failing_one_stops_the_road(jobs, tmp_path):
         road = demo.Road("run.toml", str(tmp_path), [], env, watch)
         todo = [demo.Stage(job=job, title=job) for job in ("first", "second", "never")]
         with pytest.raises(JobFailed, match="second failed: no"):
-            demo.travel(road, todo, "http://nowhere")
+            demo.travel(road, todo, ENDPOINT)
     assert [(stage.job, stage.skipped) for stage in road.noted().stages] == [("first", True)]
     assert road.noted().peak_mb > 1
+
+
+def test_a_port_that_was_taken_meanwhile_is_said_before_the_service_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken, MemoryWatch() as watch:
+        road = demo.Road("run.toml", str(tmp_path), [], {}, watch)
+        endpoint = demo.Endpoint(root="r", port=taken.getsockname()[1])
+        with pytest.raises(ValueError, match="cannot listen"):
+            demo.travel(road, [demo.Stage(job="service", title="Start", background=True)], endpoint)
+    assert not road.children
+
+
+@pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:80"), ("::", "http://[::1]:80"), ("here", "http://here:80")])
+def test_the_address_of_the_service(host, url):
+    assert demo.Endpoint(root="r", host=host, port=80).url == url
 
 
 def test_a_service_that_ends_before_it_is_ready_is_told_in_its_own_words(jobs):
@@ -166,11 +180,11 @@ def test_a_service_that_ends_before_it_is_ready_is_told_in_its_own_words(jobs):
 
 def test_memory_of_the_tree_counts_a_child():
     before = tree_mb()
-    body = "import time; held = bytearray(64 << 20); print('up', flush=True); time.sleep(60)"
+    body = "import time; held = bytearray(256 << 20); print('up', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE)
     try:
         child.stdout.readline()
-        assert tree_mb() > before + 60
+        assert tree_mb() > before + 192  # what others on this machine map with us moves our share by some tens
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from idem.types import Hit, Query, Ranking
+from index.release import Release
 from serve import engine
 from serve.flow import DeadlineExceeded, Flow, Overloaded, PartError
+from train.reranker import IdentityReranker, Reranker
 
 
 def make_engine(shop, **changes):
@@ -66,6 +68,16 @@ def test_without_a_reranker_retrieval_stands(colour_shop):
     answer = make_engine(colour_shop, reranker=None).search([Query(text="red")], top_k=2)[0]
     assert answer.hits == answer.retrieved[:2]
     assert answer.degraded == ()
+
+
+def test_the_identity_is_no_reranker_and_a_cosine_no_probability(identity_releases, releases, colour_shop):
+    opened = engine.Engine.open(identity_releases)
+    answer = opened.search([Query(image=colour_shop.pictures["red/0"])], top_k=3)[0]
+    assert opened.reranker is None
+    assert answer.hits == answer.retrieved[:3]
+    assert answer.relevance == (None,) * 3
+    assert engine.trained_reranker(Release.open(releases)) == Release.open(releases).reranker
+    assert isinstance(Reranker.load(str(Release.open(identity_releases).reranker), embedder_path=""), IdentityReranker)
 
 
 def test_a_batch_answers_as_one_query_at_a_time(colour_shop):

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from idem.types import Ranking
+from index.release import Release
+from index.searcher import make_index
 from serve import evaluate, ranking, reranking, retrieval, tables
 from serve.encoding import encode_rows
-from train.embedder import HistogramEmbedder
+from train.embedder import Embedder, HistogramEmbedder
 
 RED, GREEN, BLUE, PINK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 90)
 
@@ -137,8 +139,8 @@ def test_pictures_that_do_not_decode_are_counted_and_left_out(shop, tmp_path):
 
 def test_an_index_that_is_exact_finds_what_exact_search_finds(shop):
     exact, flat = find(*shop), find(*shop, search=retrieval.search_with("Flat", ""))
-    for a, b in zip(exact.rankings, flat.rankings, strict=True):
-        np.testing.assert_allclose(exact.vectors[a] @ exact.asked[0], exact.vectors[b] @ exact.asked[0], atol=1e-6)
+    for asked, a, b in zip(exact.asked, exact.rankings, flat.rankings, strict=True):
+        np.testing.assert_allclose(exact.vectors[a] @ asked, exact.vectors[b] @ asked, atol=1e-6)
     with pytest.raises(ValueError, match="cannot build factory 'Nonsense' for 4 vectors"):
         find(*shop, search=retrieval.search_with("Nonsense", ""))
 
@@ -210,5 +212,119 @@ def test_the_command_line_says_what_is_wrong_and_ends_with_json(shop, tmp_path, 
         evaluate.main([*arguments, "--rerank", "sometimes"])
 
 
-def test_rankings_are_cut_at_the_published_depth():
-    assert ranking.DEPTH >= 100
+def test_rankings_are_cut_at_the_depth(shop, monkeypatch):
+    whole = find(*shop)
+    monkeypatch.setattr(ranking, "DEPTH", 2)
+    cut = find(*shop, search=retrieval.search_with("Flat", ""))
+    assert [rows.tolist() for rows in cut.rankings] == [rows[:2].tolist() for rows in whole.rankings]
+
+
+def test_precision_recall_and_f1_of_r_are_those_worked_out_by_hand():
+    rankings = [
+        Ranking(order=(0, 1, 2), relevance=(0.9, 0.5, 0.1), null=(0.0,) * 3),
+        Ranking(order=(0, 1), relevance=(0.4, 0.2), null=(0.0,) * 2),
+    ]
+    said = reranking.instances(rankings, [np.array([0, 1, 3]), np.array([0, 3])])
+    assert (said["precision"], said["recall"], said["F1"]) == (0.5, 0.5, 0.5)
+    assert (said["candidates"], said["same"]) == (5, 2)
+    nothing = reranking.instances(rankings[1:], [np.array([3, 3])])
+    assert (nothing["precision"], nothing["recall"], nothing["F1"]) == (None, None, None)
+
+
+def test_the_reranker_is_timed_at_the_sizes_that_the_gallery_reaches(tmp_path, monkeypatch):
+    monkeypatch.setattr(reranking, "TIMED", 2)
+    names = [f"p{n:02d}" for n in range(60)]
+    photos = write(
+        tmp_path / "many.parquet", image_id=names, product_id=names, title=names, image=[picture((4 * n, 9, 9)) for n in range(60)]
+    )
+    sizes = []
+
+    class Counts:
+        def rerank(self, query, documents, *, mode):
+            sizes.append(len(documents))
+            return Knows("").rerank(query, documents, mode=mode)
+
+    asked = evaluate.ask(task(), found := find(photos, photos), {q: found.rankings[q] for q in range(5)}, depth=100)
+    said = reranking.speeds(Counts(), found.gallery, asked, "listwise")
+    assert list(said) == ["8", "50"]
+    assert sizes == [8] * 3 + [50] * 3
+    assert all(figures["queries"] == 2 and figures["p99_ms"] >= figures["p50_ms"] > 0 for figures in said.values())
+
+
+def test_an_index_is_built_once_and_then_timed(shop, monkeypatch):
+    built = []
+    monkeypatch.setattr(retrieval, "make_index", lambda *a, **k: built.append(1) or make_index(*a, **k))
+    search = retrieval.search_with("Flat", "")
+    found = find(*shop, search=search)
+    assert retrieval.time_search(found, mean_colour, "image", search)["queries"] == 3
+    assert len(built) == 1
+
+
+@pytest.fixture
+def real(releases, colour_shop, tmp_path):
+    """The command line of a real release over a gallery of its pictures, asked with darker ones."""
+    known = {name: [getattr(hit, name) for hit in colour_shop.hits] for name in ("product_id", "family_id", "category", "title")}
+    ids = [hit.item_id for hit in colour_shop.hits]
+    gallery = write(tmp_path / "g.parquet", image_id=ids, image=colour_shop.images(ids), **known)
+    darker = [picture(tuple(max(c - 6, 0) for c in colour)) for colour in colour_shop.colours.values()]
+    queries = write(
+        tmp_path / "q.parquet",
+        image_id=[f"asked/{name}" for name in colour_shop.colours],
+        product_id=list(colour_shop.colours),
+        image=darker,
+    )
+    return ["--release", releases, "--gallery", gallery, "--queries", queries]
+
+
+def run_main(capsys, *arguments):
+    code = evaluate.main(arguments)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (code, said["ok"]) == (0, True), said
+    return said
+
+
+def right_at_once(encode, real, *, titles):
+    """R@1 by one cosine after the other."""
+    gallery, queries = (pq.read_table(real[at]).to_pylist() for at in (3, 5))
+    vectors = [encode([row["image"]], [row["title"]] if titles else None)[0] for row in gallery]
+    asked = [encode([row["image"]], None)[0] for row in queries]
+    nearest = [max(range(len(vectors)), key=lambda i: float(vectors[i] @ one)) for one in asked]
+    return np.mean([gallery[i]["product_id"] == row["product_id"] for i, row in zip(nearest, queries, strict=True)])
+
+
+def test_a_release_is_evaluated_exactly_and_by_its_index(real, releases, capsys):
+    exact = run_main(capsys, *real)
+    embedder = Embedder.load(Release.open(releases).embedder)
+    assert exact["R@1"] == right_at_once(embedder.encode, real, titles=True)
+    assert (exact["queries"], exact["gallery_rows"], exact["gallery_products"], exact["R@10"]) == (5, 10, 5, 1)
+    assert (exact["release"], exact["embedder"], exact["search"], exact["gallery_fields"]) == ("tiny", "release", "exact", "both")
+    assert exact["set_aside"] == {"gallery": {}, "queries": {}}
+    indexed = run_main(capsys, *real, "--index")
+    assert indexed["search"] == "Flat"
+    assert indexed["retrieval_latency"]["queries"] == 4
+    figures = ("R@1", "R@5", "nDCG@10", "mAP@R", "queries")
+    assert [indexed[name] for name in figures] == [exact[name] for name in figures]
+
+
+def test_baselines_are_other_embedders_over_the_same_gallery(real, releases, capsys):
+    untrained = Embedder.load(Release.open(releases).embedder, weights="untrained")
+    for name, encode, titles in (("histogram", HistogramEmbedder().encode, False), ("untrained", untrained.encode, True)):
+        said = run_main(capsys, *real, "--embedder", name)
+        assert said["embedder"] == name
+        assert said["R@1"] == right_at_once(encode, real, titles=titles)
+
+
+def test_the_gallery_can_be_filtered_and_thinned(real, capsys):
+    assert run_main(capsys, *real, "--gallery-filter", "image_id LIKE '%/0' AND product_id != 'red'")["gallery_rows"] == 4
+    thin = run_main(capsys, *real, "--gallery-per-product", "1")
+    assert (thin["gallery_rows"], thin["queries"]) == (5, 5)
+
+
+def test_a_real_reranker_is_judged(real, identity_releases, capsys):
+    said = run_main(capsys, *real, "--rerank", "listwise")
+    assert said["rerank"] == "listwise"
+    assert said["retrieval"]["queries"] == said["reranking_alone"]["queries"] == 5
+    assert (said["instances"]["candidates"], said["instances"]["same"]) == (25, 5)
+    assert said["rerank_latency_at"] == {}  # five products alone
+    assert evaluate.main([real[0], identity_releases, *real[2:], "--rerank", "listwise"]) == 2
+    assert "no reranker that was trained" in capsys.readouterr().err

@@ -1,14 +1,19 @@
 """Who asks and what counts, and a measurement of the real HTTP interface over a shop in this process."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
+from index.plan import choose_gallery
+from serve import client as client_module
 from serve import measure, measured
 from serve.api import create_gateway
 from serve.client import interview, require_release
-from serve.measured import EvaluateConfig
+from serve.measured import EvaluateConfig, Measured
 
 
 class ShopItems:
@@ -110,6 +115,50 @@ def test_refusals_are_told_in_the_words_of_the_service(client, backend):
         require_release(client, "other", "http://here")
     with pytest.raises(ValueError, match="answered 422: not a picture"):
         interview(client, [b"no picture"], EvaluateConfig(root="r"), rerank=False, what="ask")
+
+
+@pytest.mark.parametrize(("faults", "lacking"), [(client_module.AGAIN, 0), (client_module.AGAIN + 1, 1)])
+def test_a_degraded_answer_is_asked_for_again_a_few_times(backend, colour_shop, monkeypatch, faults, lacking):
+    monkeypatch.setattr(client_module, "WARM_UP", 0)
+    left, whole = [faults], backend.search
+
+    async def search(*arguments, **settings):
+        left[0] -= 1
+        answer = await whole(*arguments, **settings)
+        return replace(answer, degraded=("rerank",)) if left[0] >= 0 else answer
+
+    backend.search = search
+    config = EvaluateConfig(root="r", timed=9, top_k=10)
+    with TestClient(create_gateway(backend)) as made:
+        answers, _ = interview(made, [colour_shop.pictures["red/0"]], config, rerank=True, what="ask")
+    assert sum(bool(answer["degraded"]) for answer in answers) == lacking
+
+
+def test_a_measurement_with_degraded_answers_is_told_and_made_anew(releases, monkeypatch, capsys):
+    found = {"release": "tiny", "queries": "q", "gallery_items": 1, "gallery_products": 1, "query_products": 1, "timed": 1, "answers": []}
+    made = [Measured(**found, rows=[measured.row("one", [np.array([0])], np.array([[1, 0, 0, 0]]), 10)], degraded=n) for n in (2, 0, 0)]
+    monkeypatch.setattr(measure, "measure", lambda *_: made.pop(0))
+    monkeypatch.setattr(measure, "require_release", lambda *_: settings)
+    config, settings = EvaluateConfig(root=str(Path(releases).parent)), "one"
+    first = measure.run(config)
+    assert "2 of 0 answers lacked a part" in capsys.readouterr().err
+    again = measure.run(config)
+    assert "lacked" not in capsys.readouterr().err
+    assert [run.get("skipped") for run in (first, again, measure.run(config))] == [None, None, True]
+    settings = "two"
+    assert measure.run(config).get("skipped") is None, "a service with other settings has to be asked"
+
+
+def test_photos_of_split_train_do_not_ask_where_the_index_took_some_by_its_own_rule():
+    rows = [
+        {"item_id": f"{s}{i}", "product_id": "p", "role": "", "split": s, "id_split": "dev_unseen"} for s in ("train", "test") for i in "ab"
+    ]
+    rule = choose_gallery(pa.Table.from_pylist(rows), filter_was_given=False, per_product=1).rule
+    plain = EvaluateConfig(root="r")
+    assert measure.asking(plain, rule).queries == "id_split = 'dev_unseen' AND split != 'train'"
+    assert measure.asking(plain, "rows with role catalog") == plain
+    chosen = EvaluateConfig(root="r", queries="style = 'photo'")
+    assert measure.asking(chosen, rule) == chosen
 
 
 def test_an_answer_from_another_index_is_an_error(exam):

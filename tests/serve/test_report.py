@@ -85,6 +85,11 @@ def test_the_page_is_one_file_and_escapes_what_it_shows(result, tmp_path):
     assert "place 3 → place 1" in page
 
 
+def test_answers_that_lacked_a_part_are_told(result):
+    assert "lacked a part" not in report.summary(result)
+    assert "7 of 80 answers lacked a part" in report.summary(result.model_copy(update={"degraded": 7}))
+
+
 def test_a_picture_that_does_not_decode_is_shown_grey():
     assert report.thumbnail(b"broken") == report.thumbnail(None)
     assert report.thumbnail(None).startswith("data:image/jpeg;base64,")

@@ -85,6 +85,25 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, photos):
         tables.read_qrels(write(tmp_path / "g.parquet", query_id=["q"], product_id=["a"], grade=[7]))
 
 
+def test_pictures_as_hugging_face_writes_them_are_unwrapped(photos, tmp_path):
+    plain = tables.read(photos)
+    table = pq.read_table(photos)
+    wrapped = [{"bytes": data, "path": None} for data in table["image"].to_pylist()]
+    wrapped[3] = None
+    at = table.column_names.index("image")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(table.set_column(at, "image", pa.array(wrapped, kind)), tmp_path / "wrapped.parquet")
+    rows = tables.read(str(tmp_path / "wrapped.parquet"))
+    assert rows.images([5, 3, 0]) == [plain.images([5])[0], None, plain.images([0])[0]]
+    assert [p for _, pictures in rows.batches() for p in pictures] == [*plain.images([0, 1, 2]), None, *plain.images([4, 5, 6, 7])]
+
+
+@pytest.mark.parametrize(("values", "kind"), [(["a.jpg"], "string"), ([{"path": "a.jpg"}], "struct<path: string>"), ([[1]], "list<")])
+def test_an_image_column_of_another_type_is_named_with_its_type(tmp_path, values, kind):
+    with pytest.raises(ValueError, match=f"column image must hold encoded pictures .* its type is {kind}"):
+        tables.read(write(tmp_path / "t.parquet", image_id=["i"], product_id=["p"], image=values))
+
+
 def test_queries_of_texts_alone_need_no_product(tmp_path):
     path = write(tmp_path / "queries.parquet", query_id=["q1"], query=["red mug"], lang=["en"])
     rows = tables.read(path, need_product=False)
