@@ -326,5 +326,11 @@ def test_a_real_reranker_is_judged(real, identity_releases, capsys):
     assert said["retrieval"]["queries"] == said["reranking_alone"]["queries"] == 5
     assert (said["instances"]["candidates"], said["instances"]["same"]) == (25, 5)
     assert said["rerank_latency_at"] == {}  # five products alone
-    assert evaluate.main([real[0], identity_releases, *real[2:], "--rerank", "listwise"]) == 2
-    assert "no reranker that was trained" in capsys.readouterr().err
+
+
+def test_a_release_without_a_trained_reranker_keeps_the_order_of_retrieval(real, identity_releases, capsys):
+    plain = run_main(capsys, real[0], identity_releases, *real[2:])
+    said = run_main(capsys, real[0], identity_releases, *real[2:], "--rerank", "listwise")
+    assert said["reranker"] == "identity"
+    assert "calibration" not in said  # a cosine is no probability
+    assert [said[name] for name in ("R@1", "nDCG@10")] == [plain[name] for name in ("R@1", "nDCG@10")]
