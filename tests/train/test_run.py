@@ -20,7 +20,7 @@ MODEL = CompactConfig(side=32, dim=16, widths=(8, 8, 16, 16), text_dim=16, text_
 
 
 def settings(root: str, steps: int = 40) -> TrainConfig:
-    loop = LoopConfig(model=MODEL, minutes=60, steps=steps, batch=16, prefixes=(8, 16), refresh=10, checkpoint_seconds=1.0)
+    loop = LoopConfig(model=MODEL, minutes=60, steps=steps, batch=16, prefixes=(8, 16), refresh=10, checkpoint_seconds=3.0)
     return TrainConfig(root=root, fractions=(0.6, 0.2, 0.2), loop=loop)
 
 
@@ -50,10 +50,10 @@ def test_a_killed_worker_costs_steps_and_nothing_else(root):
     killed: list[int] = []
     assassin = threading.Thread(target=_kill_a_worker_after_a_checkpoint, args=(root, killed), daemon=True)
     assassin.start()
-    figures = run(settings(root, steps=150))
+    figures = run(settings(root, steps=200))
     assassin.join(1)
     assert killed, "no worker was killed: the run was over before its first checkpoint"
-    assert figures["steps"] == 150
+    assert figures["steps"] == 200
     folder = manifest.current(storage.Layout(root).embedder, kind="embedder")
     embedder = Embedder.load(folder)
     vectors = embedder.encode(None, ["a red mug"])
@@ -63,7 +63,7 @@ def test_a_killed_worker_costs_steps_and_nothing_else(root):
     assert prototypes.num_rows == figures["products"]
     assert np.allclose(np.linalg.norm(np.stack(prototypes["vector"].to_numpy()), axis=1), 1, atol=1e-4)
     assert not list((Path(storage.Layout(root).embedder) / "checkpoints").iterdir())
-    assert run(settings(root, steps=150))["skipped"]
+    assert run(settings(root, steps=200))["skipped"]
 
 
 @pytest.mark.ray
