@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from idem import cluster, folds, job, manifest, storage
 from pipelines.items import Items, open_items
-from train import progress, rerank_loop, rerank_select
+from train import ray_train, rerank_loop, rerank_select
 from train.embedder import Embedder
 from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, text_tokens, title_codes
 from train.rerank_loop import RerankConfig, State
@@ -135,24 +135,17 @@ def _report(state: State, figures: dict[str, Any], rank: int) -> None:
 
 def fit(config: RerankConfig, shape: Shape, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
     """Run Ray Train; the folder of its last checkpoint (see State.save). A run of the same name goes on where it was cut off."""
-    with progress.bar("reranker") as board:
+    with ray_train.bar("reranker") as board:
         told = {"config": config.model_dump(), "shape": shape.model_dump(), "board": board, "pool": ray.put(pool)}
-        trainer = ray.train.torch.TorchTrainer(
+        return ray_train.fit(
             _worker,
-            train_loop_config={**told, **{fold: ray.put(made[fold]) for fold in FOLDS}},
-            scaling_config=ray.train.ScalingConfig(num_workers=config.workers),
-            torch_config=ray.train.torch.TorchConfig(backend="gloo"),
-            run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            ),
+            {**told, **{fold: ray.put(made[fold]) for fold in FOLDS}},
+            name=name,
+            storage_path=storage_path,
+            workers=config.workers,
+            use_gpu=False,
+            max_failures=config.max_failures,
         )
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise RuntimeError("reranker training ended without a checkpoint")
-    return Path(result.checkpoint.path)
 
 
 def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], curves: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from idem import cluster, folds, job, manifest, schema, storage
 from idem.config import Table
 from pipelines.items import open_items
-from train import checkpoint, progress
+from train import checkpoint, ray_train
 from train.backbones import Compact
 from train.corpus import Corpus
 from train.loop import LoopConfig, Trainer
@@ -119,26 +119,6 @@ def _report(trainer: Trainer, figures: dict[str, Any]) -> None:
         ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _fit(config: TrainConfig, told: dict[str, Any], name: str, storage_path: str) -> Path:
-    """Run Ray Train; the folder of its last checkpoint. A run of the same name goes on where it was cut off."""
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config=told,
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.use_gpu),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage_path,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    result = trainer.fit()
-    if result.checkpoint is None:
-        raise RuntimeError("training ended without a checkpoint")
-    return Path(result.checkpoint.path)
-
-
 def _publish(made: manifest.Plan, folder: Path, selection: Selection, config: TrainConfig) -> dict[str, Any]:
     """Turn the last checkpoint into the artifact: the embedder without its head, the prototypes as a table, the curves."""
     out = storage.local_path(made.folder)
@@ -184,8 +164,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
     checkpoints = str(storage.local_path(storage.join(layout.embedder, "checkpoints")).absolute())
     cluster.connect(num_cpus=config.workers)
     told = {"config": config.model_dump(), "items": str(Path(layout.items).absolute()), "version": items.version}
-    with progress.bar("training") as board:
-        folder = _fit(config, {**told, "board": board}, made.id, checkpoints)
+    with ray_train.bar("training") as board:
+        folder = ray_train.fit(
+            _worker,
+            {**told, "board": board},
+            name=made.id,
+            storage_path=checkpoints,
+            workers=config.workers,
+            use_gpu=config.use_gpu,
+            max_failures=config.max_failures,
+        )
     figures = _publish(made, folder, selection, config)
     names = ["config.json", "model.safetensors", "untrained.safetensors", "prototypes.parquet", "curves.json"]
     made.write(figures=figures, files=names)

@@ -1,12 +1,44 @@
-"""What workers say while they train, shown as one bar where the job was typed."""
+"""What both training jobs share of Ray Train: the run itself, and one bar of its progress where the job was typed."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
+import ray.train.torch
 from tqdm import tqdm
+
+
+def fit(
+    worker: Callable[[dict[str, Any]], None],
+    told: dict[str, Any],
+    *,
+    name: str,
+    storage_path: str,
+    workers: int,
+    use_gpu: bool,
+    max_failures: int,
+) -> Path:
+    """Run `worker(told)` on every worker; the folder of the last checkpoint. A run of the same name goes on where it was cut off."""
+    trainer = ray.train.torch.TorchTrainer(
+        worker,
+        train_loop_config=told,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    if result.checkpoint is None:
+        raise RuntimeError("training ended without a checkpoint")
+    return Path(result.checkpoint.path)
 
 
 @ray.remote(num_cpus=0)
