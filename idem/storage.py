@@ -23,19 +23,20 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
-def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Where `uri` is, and its path there."""
     if is_local(uri):
         return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
     return pyarrow.fs.FileSystem.from_uri(uri)
 
 
 def exists(uri: str) -> bool:
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     return filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound
 
 
 def read_bytes(uri: str) -> bytes:
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     with filesystem.open_input_stream(path) as stream:
         return stream.read()
 
@@ -43,7 +44,7 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write all of `data` or nothing: a reader sees the old content or the new, also after a crash."""
     if not is_local(uri):
-        filesystem, path = _filesystem(uri)
+        filesystem, path = open_filesystem(uri)
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
@@ -59,7 +60,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def remove_tree(uri: str) -> None:
     """Remove a folder and all below it; nothing happens where there is none."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     if filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory:
         filesystem.delete_dir(path)
 

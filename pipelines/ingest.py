@@ -29,7 +29,7 @@ from tqdm import tqdm
 from idem import cluster, config, images, job, manifest, schema, storage
 from pipelines.items import DATASET, ID_KEY, REJECTS
 from pipelines.normalize import Limits, normalize_records, split
-from pipelines.sources import Columns, SourcePlan, Survey, open_filesystem, plan_source, read_group, survey
+from pipelines.sources import Columns, SourcePlan, Survey, plan_source, read_group, survey
 
 log = logging.getLogger("ingest")
 NEVER = timedelta(days=365 * 100)
@@ -164,7 +164,7 @@ def _check(written: Written, plan: SourcePlan, allowed: float) -> None:
 
 
 def _has_versions(uri: str) -> bool:
-    filesystem, path = open_filesystem(storage.join(uri, "_versions"))
+    filesystem, path = storage.open_filesystem(storage.join(uri, "_versions"))
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     return any(info.extension == "manifest" for info in found)
 

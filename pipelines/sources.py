@@ -81,16 +81,9 @@ class SourcePlan:
         return sum(group.rows for group in self.groups)
 
 
-def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Where `uri` is, and its path there."""
-    if storage.is_local(uri):
-        return pyarrow.fs.LocalFileSystem(), str(storage.local_path(uri))
-    return pyarrow.fs.FileSystem.from_uri(uri)
-
-
 def _list(uri: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:
     """The parquet files at `uri` (itself, or directly in that folder), by name, each with its URI."""
-    filesystem, path = open_filesystem(uri)
+    filesystem, path = storage.open_filesystem(uri)
     found = filesystem.get_file_info(path)
     if found.type == pyarrow.fs.FileType.File:
         return [(uri, found)]
@@ -106,7 +99,7 @@ def _list(uri: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:
 @contextmanager
 def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """The open file; ValueError that names it where it, or any part read of it, is not sound parquet."""
-    filesystem, path = open_filesystem(uri)
+    filesystem, path = storage.open_filesystem(uri)
     try:
         with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
             yield file
