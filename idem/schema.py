@@ -21,8 +21,21 @@ ITEMS = pa.schema(
         pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of image bytes and title, hexadecimal
         pa.field("source_file", pa.string(), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("version", pa.int64()),  # of the record, where its source gives one: a number, or a time in microseconds since 1970
+        pa.field("phash", pa.int64()),  # perceptual hash of the image, 64 bits; null without one
+        pa.field("record_hash", pa.string()),  # of all that the record said, to tell an update from a repeat
+        pa.field("duplicate_of", pa.string()),  # the item that had the same content_hash first
+        pa.field("near_duplicate_of", pa.string()),  # the item whose picture looked the same first
     ]
 )
+
+ATTRIBUTES = "attributes"
+
+
+def items(attributes: pa.DataType | None = None) -> pa.Schema:
+    """ITEMS, with the columns that a run keeps for filters as one struct (`attributes.price < 20`) where there are any."""
+    return ITEMS.append(pa.field(ATTRIBUTES, attributes)) if attributes is not None else ITEMS
+
 
 REJECTS = pa.schema(
     [
@@ -33,6 +46,7 @@ REJECTS = pa.schema(
         pa.field("message", pa.string(), nullable=False),  # a sentence for people
         pa.field("original", pa.large_binary()),  # the image bytes as they came, to look at or replay
         pa.field("record", pa.string(), nullable=False),  # the other columns as JSON
+        pa.field("run", pa.string()),  # the ingest that set it aside; it counts once the items name that run as theirs
     ]
 )
 

@@ -1,49 +1,68 @@
 """Records as strangers wrote them -> items fit for training and search, or rejects that say why. Pure: no disk, no Ray.
 
-A record becomes exactly one item or exactly one reject; nothing is dropped and nothing raises for bad data. Reason codes
-are stable: missing_id, duplicate_id, empty_record, and those of idem.images.ImageError (image_empty, image_unreadable,
-image_too_many_pixels, image_too_many_bytes, image_undecodable).
+A record becomes exactly one item, one reject or one tombstone; nothing is dropped and nothing raises for bad data.
 """
 
 import hashlib
 import io
 import json
-import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from idem import images, schema
+from idem import containers, images, schema
+from pipelines import records as rows
+from pipelines.phash import phash
+from pipelines.text import MAX_ID, clean, clean_title, id_fault, language, parse_version
 
-MAX_TITLE = 1000
 QUALITY = 90
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+HASHED_SIDE = 64  # a picture is decoded for its hash at no less, where its format allows less than all
+MAX_TEXT = 512  # characters of an item's texts beside its title
+MAX_TOLD = 10_000  # characters of each text in a reject
 
-RECORDS = pa.schema(
-    [
-        *(pa.field(name, pa.string(), nullable=False) for name in ("item_id", "product_id", "family_id", "category", "title", "lang")),
-        *(pa.field(name, pa.string(), nullable=False) for name in ("role", "style", "id_split", "split", "source_file")),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("duplicate", pa.bool_(), nullable=False),  # an earlier record has the same item_id
-        pa.field("image", pa.large_binary()),
-    ]
-)
-"""What `normalize_records` takes; "" stands for a text that is missing."""
+REASONS: dict[str, str] = {
+    "record_unreadable": "The record could not be read from its source.",
+    "attribute_type": "A column kept for filters holds something that its type does not.",
+    "source_damaged": "The part of the source that holds the record is damaged.",
+    "missing_id": "The record has no item_id or no product_id.",
+    "bad_id": "An id is too long, or has control or replacement characters.",
+    "bad_version": "The version is neither a whole number nor a date or time.",
+    "empty_record": "The record has neither an image nor a title.",
+    "duplicate_id": "An earlier record of the same source repeats this one exactly.",
+    "superseded": "Another record of the same item came later or has a higher version.",
+    "image_missing": "There is nothing at the path or URL of the image.",
+    "image_outside": "The path of the image leads out of the folder that images may be read from.",
+    "image_scheme": "The URL of the image has a scheme that is not allowed.",
+    "image_empty": "The image has no bytes.",
+    "image_too_many_bytes": "The image has more bytes than are allowed.",
+    "image_too_many_pixels": "The image has more pixels than are allowed.",
+    "image_unreadable": "The image is not a picture in an allowed format.",
+    "image_undecodable": "The image begins like a picture and is damaged.",
+}
+"""What each reason code of a reject means; the codes are stable."""
 
-OUTCOMES = pa.schema([pa.field("item", pa.struct(list(schema.ITEMS))), pa.field("reject", pa.struct(list(schema.REJECTS)))])
-"""What it gives: one row a record, with either `item` or `reject` null."""
-
-COPIED = tuple(name for name in RECORDS.names if name in schema.ITEMS.names and name not in ("title", "image"))
+COPIED = ("source_file", "source_row")
+CLEANED = ("role", "style", "split")
+HASHED = ("item_id", "product_id", "category", "lang", *CLEANED, "version")  # beside the content and the attributes
+STRINGS = (*rows.TEXTS, "mime", "fault", "fault_message")
+UNTOLD = (*COPIED, "image", "original", "fault", "fault_message")  # of a record; they have columns of their own in REJECTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_side: the longer side of a picture, in pixels, after normalising; max_pixels: of a picture as it comes."""
+    """max_side: the longer side of a picture, in pixels, after normalising; max_pixels, max_bytes: of a picture as it comes.
+
+    unseen_fraction: the share of families that are kept from training where the source does not say.
+    """
 
     max_side: int = 256
     max_pixels: int = images.MAX_PIXELS
+    max_bytes: int = images.MAX_BYTES
+    unseen_fraction: float = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,96 +71,185 @@ class Picture:
     mime: str
     width: int
     height: int
+    phash: int | None
 
 
-def clean_title(title: str) -> str:
-    """NFC, one space for any run of white space, no control characters, at most MAX_TITLE characters."""
-    printable = "".join(c for c in title if c.isspace() or unicodedata.category(c) != "Cc")
-    return " ".join(unicodedata.normalize("NFC", printable).split())[:MAX_TITLE].strip()
+@dataclass(frozen=True)
+class Normalised:
+    """items: schema.items of the records' attributes; rejects: schema.REJECTS; kept: for each item its row of the records;
+    deleted: rows of the records that are tombstones. Both int64."""
+
+    items: pa.Table
+    rejects: pa.Table
+    kept: np.ndarray
+    deleted: np.ndarray
 
 
-def _usable_as_it_is(header: Image.Image, max_side: int) -> bool:
-    """Whether every reader would show these bytes alike, but for their orientation: opaque, one frame, a common mode, small."""
+def _usable_as_it_is(container: images.Container, header: Image.Image, max_side: int) -> bool:
+    """Whether every reader would show these bytes alike: upright, opaque, one frame, a common mode, small, nothing else within."""
     return (
-        header.format in ("JPEG", "PNG", "WEBP")
+        container.sound
+        and container.orientation == 1
         and header.mode in ("RGB", "L", "P", "1")
         and "transparency" not in header.info
-        and not getattr(header, "is_animated", False)
         and max(header.size) <= max_side
+        and (container.format != "PNG" or containers.pixels_fill(container))
     )
 
 
 def normalize_picture(data: bytes, limits: Limits) -> Picture:
-    """Check a picture by decoding all of it; its bytes are kept wherever possible, for a second JPEG pass costs detail.
+    """Check a picture by decoding all of it; its pixels are kept as they are wherever possible, for a second JPEG pass costs detail.
 
     ImageError for whatever cannot be decoded or is over a limit.
     """
-    header = images.open_header(data, max_pixels=limits.max_pixels)
-    keep = _usable_as_it_is(header, limits.max_side)
-    picture = images.decode(data, max_pixels=limits.max_pixels, draft=None if keep else limits.max_side)
-    # Asked after decoding: Pillow decodes a PNG to look for its EXIF, which damaged ones do not survive.
-    if keep and header.getexif().get(ORIENTATION, 1) == 1:
-        return Picture(data=data, mime=Image.MIME[str(header.format)], width=picture.width, height=picture.height)
+    container = images.examine(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+    header = images.open_container(container)
+    if _usable_as_it_is(container, header, limits.max_side):
+        width, height = header.size
+        hashed = phash(images.render(header, mode="L", draft=HASHED_SIDE))
+        return Picture(data=container.data, mime=Image.MIME[container.format], width=width, height=height, phash=hashed)
+    picture = images.render(header, container.orientation, draft=limits.max_side)
     picture.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+    picture.info.clear()  # Pillow would write the comment and the profile again
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=QUALITY)
-    return Picture(data=encoded.getvalue(), mime="image/jpeg", width=picture.width, height=picture.height)
+    return Picture(data=encoded.getvalue(), mime="image/jpeg", width=picture.width, height=picture.height, phash=phash(picture))
 
 
-def _fault(record: dict[str, Any], title: str) -> tuple[str, str] | None:
-    """Reason and message where the record is unusable whatever its picture shows."""
-    if not record["item_id"] or not record["product_id"]:
-        return "missing_id", f"{'item_id' if not record['item_id'] else 'product_id'} is null or empty"
-    if record["duplicate"]:
-        return "duplicate_id", f"an earlier record has the item_id {record['item_id']!r}"
-    if record["image"] is None and not title:
-        return "empty_record", "there is neither an image nor a title"
-    return None
+def _is_tombstone(record: Mapping[str, Any], item_id: str) -> bool:
+    """A deletion holds whatever became of its picture or attributes, but not where the record itself was set aside."""
+    standing = not record["fault"] or record["fault"].startswith(("image_", "attribute_"))
+    return bool(record["deleted"]) and standing and id_fault("item_id", item_id) is None
 
 
-def _item(record: dict[str, Any], title: str, picture: Picture | None) -> dict[str, Any]:
+def _item(record: Mapping[str, Any], texts: dict[str, Any], picture: Picture | None, unseen_fraction: float) -> dict[str, Any]:
     data = picture.data if picture else None
-    shape = {"mime": picture.mime, "width": picture.width, "height": picture.height} if picture else {"mime": "", "width": 0, "height": 0}
+    told = {name: clean(record[name], MAX_TEXT) for name in rows.SETTLED}
+    family, id_split = rows.family_and_split(texts["product_id"], told, unseen_fraction)
     # The zero byte separates: a clean title has none, so no two pairs run together.
-    content = hashlib.sha256((data or b"") + b"\0" + title.encode()).hexdigest()
-    return {**{name: record[name] for name in COPIED}, "title": title, "image": data, **shape, "content_hash": content}
-
-
-def _reject(record: dict[str, Any], reason: str, message: str) -> dict[str, Any]:
-    told = {name: record[name] for name in RECORDS.names if name not in ("image", "duplicate", "source_file", "source_row")}
+    content = hashlib.sha256((data or b"") + b"\0" + texts["title"].encode()).hexdigest()
+    said = [content, *(texts[name] for name in HASHED), record.get(schema.ATTRIBUTES)]
     return {
-        "source_file": record["source_file"],
-        "source_row": record["source_row"],
-        "item_id": record["item_id"] or None,
-        "reason": reason,
-        "message": message,
-        "original": record["image"],
-        "record": json.dumps(told, ensure_ascii=False),
+        **texts,
+        **{name: record[name] for name in COPIED},
+        "family_id": family,
+        "id_split": id_split,
+        "image": data,
+        "mime": picture.mime if picture else "",
+        "width": picture.width if picture else 0,
+        "height": picture.height if picture else 0,
+        "phash": picture.phash if picture else None,
+        "content_hash": content,
+        "record_hash": hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest(),
+        "duplicate_of": None,
+        "near_duplicate_of": None,
     }
 
 
-def normalize_record(record: dict[str, Any], limits: Limits) -> dict[str, dict[str, Any] | None]:
-    """One row of RECORDS -> one row of OUTCOMES."""
+def _bounded(value: Any) -> Any:
+    """A value for JSON whose texts are cut at MAX_TOLD characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) <= MAX_TOLD:
+        return value
+    return f"{text[:MAX_TOLD]}... (cut at {MAX_TOLD:,} of {len(text):,} characters)"
+
+
+def _storable(text: str) -> str:
+    """Arrow holds no half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _reject(record: Mapping[str, Any], reason: str, message: str, run: str) -> dict[str, Any]:
+    told = {name: _bounded(value) for name, value in record.items() if name not in UNTOLD}
+    return {
+        **{name: record[name] for name in COPIED},
+        "item_id": _storable(record["item_id"].strip()[:MAX_ID]) or None,
+        "reason": reason,
+        "message": _storable(_bounded(message)),
+        "original": record["image"] if record["original"] is None else record["original"],
+        "record": _storable(json.dumps(told, ensure_ascii=False, default=str)),
+        "run": run,
+    }
+
+
+def _judged(record: Mapping[str, Any], item_id: str, limits: Limits) -> dict[str, Any] | tuple[str, str]:
+    """The item, or reason and message of a reject."""
+    if record["fault"]:
+        return record["fault"], record["fault_message"] or REASONS.get(record["fault"], "")
+    product_id = record["product_id"].strip()
+    if fault := id_fault("item_id", item_id) or id_fault("product_id", product_id):
+        return fault
+    try:
+        version = parse_version(record["version"])
+    except ValueError as error:
+        return "bad_version", str(error)
     title = clean_title(record["title"])
-    if fault := _fault(record, title):
-        return {"item": None, "reject": _reject(record, *fault)}
+    if record["image"] is None and not title:
+        return "empty_record", "there is neither an image nor a title"
     try:
         picture = normalize_picture(record["image"], limits) if record["image"] is not None else None
     except images.ImageError as error:
-        return {"item": None, "reject": _reject(record, error.reason, str(error))}
-    return {"item": _item(record, title, picture), "reject": None}
+        said = f", said to be {record['mime'][:100]}" if record["mime"] and error.reason == "image_unreadable" else ""
+        return error.reason, f"{error}{said}"
+    texts = {
+        "item_id": item_id,
+        "product_id": product_id,
+        "title": title,
+        "category": clean(record["category"], MAX_TEXT) or clean(record["group"], MAX_TEXT),
+        "lang": language(record["lang"]),
+        "version": version,
+        **{name: clean(record[name], MAX_TEXT) for name in CLEANED},
+    }
+    return _item(record, texts, picture, limits.unseen_fraction)
 
 
-def normalize_records(records: pa.Table, limits: Limits) -> pa.Table:
-    """A table of RECORDS -> a table of OUTCOMES, row by row."""
-    return pa.Table.from_pylist([normalize_record(record, limits) for record in records.to_pylist()], schema=OUTCOMES)
+def normalize_record(record: Mapping[str, Any], limits: Limits, run: str = "") -> dict[str, dict[str, Any] | None]:
+    """One record -> {"item": a row of ITEMS or None, "reject": a row of REJECTS or None}; both None for a tombstone."""
+    record = {**record, **{name: record[name] or "" for name in STRINGS}}
+    item_id = record["item_id"].strip()
+    if _is_tombstone(record, item_id):
+        return {"item": None, "reject": None}
+    outcome = _judged(record, item_id, limits)
+    if isinstance(outcome, tuple):
+        return {"item": None, "reject": _reject(record, *outcome, run)}
+    return {"item": outcome, "reject": None}
 
 
-def _unnest(outcomes: pa.Table, name: str, wanted: pa.Schema) -> pa.Table:
-    rows = outcomes.column(name).drop_null()
-    return pa.table([rows.combine_chunks().field(i) for i in range(len(wanted))], schema=wanted)
+def _attribute(value: pa.Scalar) -> Any:
+    """A scalar in Python; as text where Python has nothing like it (nanoseconds, the year 10,000)."""
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        if isinstance(value, pa.StructScalar):
+            return {name: _attribute(inner) for name, inner in value.items()}
+        return str(value.cast(pa.int64()))
 
 
-def split(outcomes: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The items (ITEMS) and the rejects (REJECTS) in a table of OUTCOMES."""
-    return _unnest(outcomes, "item", schema.ITEMS), _unnest(outcomes, "reject", schema.REJECTS)
+def _told(records: pa.Table) -> list[dict[str, Any]]:
+    """The rows as dicts, whatever their attributes hold."""
+    try:
+        return records.to_pylist()
+    except (ValueError, OverflowError):
+        told = records.drop_columns([schema.ATTRIBUTES]).to_pylist()
+        attributes = map(_attribute, records.column(schema.ATTRIBUTES))
+        return [{**row, schema.ATTRIBUTES: value} for row, value in zip(told, attributes, strict=True)]
+
+
+def _table(made: list[dict[str, Any]], wanted: pa.Schema) -> pa.Table:
+    return pa.Table.from_arrays([pa.array([row[field.name] for row in made], field.type) for field in wanted], schema=wanted)
+
+
+def normalize_records(records: pa.Table, limits: Limits, run: str = "") -> Normalised:
+    """A table of records_schema(...) -> its items, its rejects, and which of its rows became what, each in the order of the rows."""
+    outcomes = [normalize_record(record, limits, run) for record in _told(records)]
+    kept = np.array([row for row, outcome in enumerate(outcomes) if outcome["item"]], np.int64)
+    items = _table([outcome["item"] for outcome in outcomes if outcome["item"]], schema.ITEMS)
+    if schema.ATTRIBUTES in records.column_names:  # as they came: their types need not survive Python
+        attributes = records.column(schema.ATTRIBUTES)
+        items = pa.Table.from_arrays([*items.columns, attributes.take(pa.array(kept))], schema=schema.items(attributes.type))
+    return Normalised(
+        items=items,
+        rejects=_table([outcome["reject"] for outcome in outcomes if outcome["reject"]], schema.REJECTS),
+        kept=kept,
+        deleted=np.array([row for row, outcome in enumerate(outcomes) if not outcome["item"] and not outcome["reject"]], np.int64),
+    )

@@ -1,7 +1,11 @@
+import decimal
+import hashlib
 import io
+import json
 import struct
 import unicodedata
 import zlib
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from idem import images, schema
-from pipelines.normalize import MAX_TITLE, OUTCOMES, RECORDS, Limits, clean_title, normalize_picture, normalize_records, split
+from pipelines import text
+from pipelines.normalize import REASONS, Limits, normalize_picture, normalize_record, normalize_records
+from pipelines.records import RECORDS, SETTLED, TEXTS, family_and_split, records_schema
+from pipelines.text import MAX_TITLE, clean_title
 
 LIMITS = Limits(max_side=64)
 
@@ -41,14 +48,19 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def record(**changes: object) -> dict[str, object]:
-    told = dict.fromkeys((f.name for f in RECORDS if f.type == pa.string()), "")
     known = {"item_id": "i1", "product_id": "p1", "family_id": "f1", "title": "A cup", "source_file": "a.parquet", "source_row": 7}
-    return {**told, **known, "duplicate": False, "image": encoded(drawn(), "JPEG"), **changes}
+    whole = {"deleted": False, "image_ref": None, "mime": "", "fault": "", "fault_message": "", "original": None}
+    return {**dict.fromkeys(TEXTS, ""), **known, **whole, "image": encoded(drawn(), "JPEG"), **changes}
 
 
 def outcome(**changes: object) -> tuple[list[dict], list[dict]]:
-    items, rejects = split(normalize_records(pa.Table.from_pylist([record(**changes)], schema=RECORDS), LIMITS))
-    return items.to_pylist(), rejects.to_pylist()
+    made = normalize_records(pa.Table.from_pylist([record(**changes)], schema=RECORDS), LIMITS)
+    return made.items.to_pylist(), made.rejects.to_pylist()
+
+
+def item(**changes: object) -> dict:
+    (made,), _ = outcome(**changes)
+    return made
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -146,8 +158,14 @@ def test_a_text_only_item_has_no_picture() -> None:
         ({"image": None, "title": " \t\x00"}, "empty_record"),
         ({"item_id": ""}, "missing_id"),
         ({"product_id": ""}, "missing_id"),
-        ({"duplicate": True}, "duplicate_id"),
-        ({"duplicate": True, "item_id": ""}, "missing_id"),
+        ({"item_id": " \n"}, "missing_id"),
+        ({"item_id": "a\tb"}, "bad_id"),
+        ({"product_id": "p\ufffd"}, "bad_id"),
+        ({"product_id": "p" * 513}, "bad_id"),
+        ({"version": "1.5"}, "bad_version"),
+        ({"version": str(2**63)}, "bad_version"),
+        ({"fault": "duplicate_id", "fault_message": "row 3 is the same"}, "duplicate_id"),
+        ({"fault": "image_outside", "item_id": ""}, "image_outside"),
     ],
 )
 def test_records_that_are_no_item(changes: dict, reason: str) -> None:
@@ -176,6 +194,138 @@ def test_titles_are_composed() -> None:
     assert clean_title("Cafe\u0301\n  au\x07 lait") == "Caf\u00e9 au lait"
 
 
+def test_a_fault_of_the_reader_is_told_with_the_original() -> None:
+    damaged = {"item_id": "", "image": None, "original": b'{"item', "fault": "record_unreadable", "fault_message": "line 7 is cut off"}
+    _, (reject,) = outcome(**damaged)
+    assert (reject["reason"], reject["message"], reject["original"]) == ("record_unreadable", "line 7 is cut off", b'{"item')
+    assert reject["item_id"] is None
+
+
+def test_every_reason_has_a_sentence() -> None:
+    assert all(sentence.endswith(".") and sentence[0].isupper() for sentence in REASONS.values())
+    assert {"missing_id", "bad_id", "bad_version", "empty_record", "duplicate_id", "superseded", "source_damaged"} <= set(REASONS)
+
+
+def test_texts_in_a_reject_are_bounded_and_say_so() -> None:
+    attributes = {"note": "y" * 2_000_000}
+    reject = normalize_record({**record(item_id="", title="x" * 5_000_000), "attributes": attributes}, LIMITS)["reject"]
+    assert reject
+    told = json.loads(reject["record"])
+    assert len(reject["record"]) < 30_000
+    assert told["title"].endswith("... (cut at 10,000 of 5,000,000 characters)")
+    assert told["attributes"].startswith('{"note": "yyy')
+
+
+@pytest.mark.parametrize("told", [{}, {"coarse": "mugs"}, {"family_id": "f", "coarse": "mugs"}, {"id_split": "dev_unseen"}])
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
+def test_families_and_splits_are_those_of_the_records_module(told: dict[str, str], fraction: float) -> None:
+    made = normalize_record({**record(family_id=""), **told}, Limits(unseen_fraction=fraction))["item"]
+    assert made
+    expected = family_and_split("p1", {**dict.fromkeys(SETTLED, ""), **told}, fraction)
+    assert (made["family_id"], made["id_split"]) == expected
+
+
+def test_a_group_stands_in_for_a_category() -> None:
+    assert item(category="Cups", group="Kitchen")["category"] == "Cups"
+    assert item(category=" ", group="Kitchen")["category"] == "Kitchen"
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),
+    [
+        ("", None),
+        (" ", None),
+        ("0", 0),
+        ("+7", 7),
+        ("-0012", -12),
+        (str(2**63 - 1), 2**63 - 1),
+        (str(-(2**63)), -(2**63)),
+        ("1970-01-02", 86_400_000_000),
+        ("1970-01-01T00:00:01Z", 1_000_000),
+        ("1970-01-01 00:00:01.5", 1_500_000),
+        ("1970-01-01T00:00:00-02:00", 7_200_000_000),
+        ("1969-12-31T23:59:59.999999", -1),
+        ("0001-01-01T00:00:00+12:00", -62_135_596_800_000_000 - 43_200_000_000),
+    ],
+)
+def test_versions(told: str, version: int | None) -> None:
+    assert text.parse_version(told) == version
+    assert item(version=told)["version"] == version
+
+
+@pytest.mark.parametrize(
+    "told", ["v1", "1.0", "1e3", "1_000", "\u0661", "0x10", "2024-02-30", "9999-99-99", "now", "1" * 35, "1" * 5000, "--1", "1 2"]
+)
+def test_versions_that_are_none(told: str) -> None:
+    with pytest.raises(ValueError, match=r"the version is .*; allowed are"):
+        text.parse_version(told)
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [("EN", "en"), ("pt_BR", "pt-br"), (" zh-Hant-TW ", "zh-hant-tw"), ("english", ""), ("e", ""), ("../etc", ""), ("de-", ""), ("", "")],
+)
+def test_languages(told: str, kept: str) -> None:
+    assert text.language(told) == kept
+
+
+def test_titles_keep_what_scripts_and_emoji_need() -> None:
+    needed = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f373 \U0001f3f4\U000e0067\U000e0062\U000e007f"
+    assert clean_title(needed) == needed
+    assert clean_title("so\u00adft \u202eturned\u202c \u2066x\u2069 \ufeffmark") == "soft turned x mark"
+
+
+@pytest.mark.parametrize("length", [MAX_TITLE - 2, MAX_TITLE - 1, MAX_TITLE, MAX_TITLE + 1])
+def test_titles_are_not_cut_between_a_letter_and_its_mark(length: int) -> None:
+    cut = clean_title("a" * length + "q\u0323\u0301b")
+    assert cut in ("a" * length + "q\u0323\u0301b"[: max(0, MAX_TITLE - length)], "a" * min(length, MAX_TITLE))
+    assert not cut.endswith(("q", "q\u0323"))
+
+
+def test_record_hash_tells_an_update_from_a_repeat() -> None:
+    same = [{}, {"source_row": 8}, {"source_file": "b"}, {"family_id": "f2"}, {"coarse": "c"}, {"id_split": "train"}, {"mime": "jpg"}]
+    other = [{"title": "A mug"}, {"category": "c"}, {"group": "g"}, {"lang": "de"}, {"role": "photo"}, {"style": "s"}, {"split": "test"}]
+    other += [{"version": "3"}, {"product_id": "p2"}, {"image": None}, {"image": encoded(drawn(20, 20), "JPEG")}]
+    assert len({item(**changes)["record_hash"] for changes in same}) == 1
+    assert len({item(**changes)["record_hash"] for changes in ({}, *other)}) == len(other) + 1
+
+
+def test_a_phash_goes_with_a_picture_that_shows_something() -> None:
+    assert item(image=None)["phash"] is None
+    assert item(image=encoded(Image.new("RGB", (40, 30), "white"), "PNG"))["phash"] is None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    assert isinstance(item(image=encoded(noise, "PNG"))["phash"], int)
+
+
+ATTRIBUTES = pa.struct([("price", pa.decimal128(9, 2)), ("seen", pa.timestamp("ns")), ("tags", pa.list_(pa.string()))])
+
+
+def with_attributes(values: list[object], kind: pa.StructType = ATTRIBUTES) -> pa.Table:
+    rows = [{**record(source_row=n), "attributes": value} for n, value in enumerate(values)]
+    return pa.Table.from_pylist(rows, schema=records_schema(kind))
+
+
+def test_attributes_stay_what_they_were_and_count_as_said() -> None:
+    first = {"price": decimal.Decimal("1.50"), "seen": datetime(2024, 1, 2), "tags": ["a", None]}
+    records = with_attributes([first, None, first, {**first, "tags": []}])
+    made = normalize_records(records, LIMITS)
+    assert made.items.schema == schema.items(ATTRIBUTES)
+    assert made.items["attributes"].to_pylist() == records["attributes"].to_pylist()
+    a, b, c, d = made.items["record_hash"].to_pylist()
+    assert a == c
+    assert len({a, b, d}) == 3
+
+
+def test_times_that_python_does_not_know_do_not_stop_a_batch() -> None:
+    kind = pa.struct([("seen", pa.timestamp("us"))])
+    far = pa.array([0, 300_000_000_000_000_000, 300_000_000_000_000_001], pa.int64()).cast(pa.timestamp("us"))
+    records = with_attributes([None] * 3, kind)
+    records = records.set_column(records.num_columns - 1, "attributes", pa.StructArray.from_arrays([far], fields=list(kind)))
+    made = normalize_records(records, LIMITS)
+    assert made.items["attributes"].combine_chunks().equals(records["attributes"].combine_chunks())
+    assert len(set(made.items["record_hash"].to_pylist())) == 3
+
+
 def many() -> pa.Table:
     data = [d for d, _ in HOSTILE.values()] + [d for d, _ in CHANGED.values()] + [None]
     return pa.Table.from_pylist([record(item_id=f"i{n}", source_row=n, image=d) for n, d in enumerate(data)], schema=RECORDS)
@@ -183,29 +333,41 @@ def many() -> pa.Table:
 
 def test_every_record_is_one_item_or_one_reject() -> None:
     records = many()
-    outcomes = normalize_records(records, LIMITS)
-    items, rejects = split(outcomes)
-    assert outcomes.schema == OUTCOMES
-    assert (items.schema, rejects.schema) == (schema.ITEMS, schema.REJECTS)
-    assert sorted(items["source_row"].to_pylist() + rejects["source_row"].to_pylist()) == records["source_row"].to_pylist()
-    assert rejects.num_rows == len(HOSTILE)
+    made = normalize_records(records, LIMITS, run="r1")
+    assert (made.items.schema, made.rejects.schema) == (schema.ITEMS, schema.REJECTS)
+    assert made.kept.tolist() == made.items["source_row"].to_pylist()
+    assert sorted(made.kept.tolist() + made.rejects["source_row"].to_pylist()) == records["source_row"].to_pylist()
+    assert made.rejects.num_rows == len(HOSTILE)
+    assert set(made.rejects["run"].to_pylist()) == {"r1"}
+    assert made.deleted.tolist() == []
 
 
-def test_nothing_in_gives_nothing_out() -> None:
-    items, rejects = split(normalize_records(RECORDS.empty_table(), LIMITS))
-    assert (items.num_rows, rejects.num_rows) == (0, 0)
-    assert items.schema == schema.ITEMS
-
-
-@pytest.mark.ray
-def test_the_same_inside_ray_data(ray_session: None) -> None:
-    import ray.data
-    import ray.data.block
-
+def test_cutting_a_table_anywhere_changes_nothing() -> None:
     records = many()
-    made = ray.data.from_arrow(records).map_batches(
-        normalize_records, batch_size=None, batch_format="pyarrow", fn_kwargs={"limits": LIMITS}
-    )
-    inside = pa.concat_tables(ray.data.block.BlockAccessor.for_block(b).to_arrow() for b in made.iter_batches(batch_format="pyarrow"))
-    for here, there in zip(split(normalize_records(records, LIMITS)), split(inside), strict=True):
-        assert there.sort_by("source_row").to_pylist() == here.to_pylist()
+    whole = normalize_records(records, LIMITS)
+    parts = [normalize_records(records.slice(start, 3), LIMITS) for start in range(0, records.num_rows, 3)]
+    assert pa.concat_tables(part.items for part in parts).equals(whole.items)
+    assert pa.concat_tables(part.rejects for part in parts).equals(whole.rejects)
+
+
+def test_a_tombstone_is_neither_item_nor_reject() -> None:
+    rows = [
+        record(source_row=0),
+        record(source_row=1, deleted=True, image=None, title="", product_id="", version="?"),
+        record(source_row=2),
+    ]
+    made = normalize_records(pa.Table.from_pylist(rows, schema=RECORDS), LIMITS)
+    assert (made.kept.tolist(), made.deleted.tolist(), made.rejects.num_rows) == ([0, 2], [1], 0)
+    assert (made.kept.dtype, made.deleted.dtype) == (np.int64, np.int64)
+
+
+@pytest.mark.parametrize("kind", [None, ATTRIBUTES])
+def test_nothing_in_gives_nothing_out(kind: pa.DataType | None) -> None:
+    made = normalize_records(records_schema(kind).empty_table(), LIMITS)
+    assert (made.items.num_rows, made.rejects.num_rows, len(made.kept), len(made.deleted)) == (0, 0, 0, 0)
+    assert made.items.schema == schema.items(kind)
+
+
+def test_content_hash_is_that_of_the_stored_picture_and_title() -> None:
+    made = item(image=encoded(drawn(), "GIF"))
+    assert made["content_hash"] == hashlib.sha256(made["image"] + b"\0A cup").hexdigest()
