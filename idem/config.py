@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-TABLES = ("catalog", "ingest", "train", "index", "candidates", "rerank", "release", "serve", "evaluate")
+TABLES = ("catalog", "ingest", "replay", "upkeep", "train", "index", "candidates", "rerank", "release", "serve", "evaluate")
 
 
 class Table(BaseModel):

@@ -40,7 +40,8 @@ def guarded(job: str, run: Callable[[], dict[str, Any]]) -> int:
         finish(job, False, error=f"{type(error).__name__}: {error}")
         return 1
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    finish(job, True, **figures, seconds=round(time.perf_counter() - start, 2), driver_peak_mb=round(peak_mb))
+    told = {"seconds": round(time.perf_counter() - start, 2), "driver_peak_mb": round(peak_mb)}
+    finish(job, True, **{**told, **figures})
     return 0
 
 

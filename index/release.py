@@ -148,6 +148,7 @@ def run(config: ReleaseConfig) -> dict[str, Any]:
         "figures": {"items": items.count()},
     }
     name = config.name or manifest.fingerprint(KIND, wanted["config"], wanted["inputs"])[:12]
+    items.keep(f"release-{name}")  # so that no upkeep of the items removes what the release has bound
     written = _publish(layout.releases, name, wanted)
     return {"release": name, "items_version": items.version, **paths, **({} if written else {"skipped": True})}
 

@@ -1,269 +1,229 @@
 """Read a catalogue with Ray Data, check and normalise every record, and publish the items as one new Lance version.
 
-Workers read, normalise and write fragments; the driver alone commits them, once. So a reader sees the old version or
-the new, and every record ends as exactly one item or one reject. A finished run of the same source is not repeated.
+Workers read, normalise and write fragments that no reader sees; the driver alone commits, once. So every record ends as one
+item or one reject, a reader sees the old version or the new, and a run that was killed goes on where it was. Source files
+that the items hold already are not read again: a finished run does nothing.
 """
 
 import json
 import logging
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import lance
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.fs
-import ray
-import ray.data
-import ray.data.block
-import ray.exceptions
-from lance.fragment import FragmentMetadata, write_fragments
 from pydantic import Field
 from tqdm import tqdm
 
 from idem import cluster, config, images, job, manifest, schema, storage
-from pipelines.items import DATASET, ID_KEY, REJECTS
-from pipelines.normalize import Limits, normalize_records, split
-from pipelines.sources import Columns, SourcePlan, Survey, plan_source, read_group, survey
+from idem.memory import MemoryWatch
+from pipelines import publish, report, runs, stage, table
+from pipelines.keys import BANDS, bucket_count
+from pipelines.normalize import Limits
+from pipelines.records import Columns
+from pipelines.sources import SourcePlan, Unit, plan_source
+from pipelines.workers import each
 
 log = logging.getLogger("ingest")
-NEVER = timedelta(days=365 * 100)
-
-MADE = pa.schema(
-    [
-        pa.field("source_file", pa.string()),
-        pa.field("source_row", pa.int64()),
-        pa.field("committed", pa.int64()),
-        pa.field("reasons", pa.string()),  # JSON: reason -> number of rejects
-        pa.field("items", pa.list_(pa.string())),  # fragments, as Lance's JSON
-        pa.field("rejects", pa.list_(pa.string())),
-    ]
-)
+RECORD_BYTES = 20_000  # of a record, where only reading tells how many there are
+HARMLESS = ("superseded",)  # reasons that say nothing against a source
 
 
 class IngestConfig(config.Table):
-    """source: a parquet file or folder; "" is the shop that pipelines.catalog drew last. Other fields are explained where used."""
+    """source: file, folder or Lance dataset, local or s3://; "" is the shop that pipelines.catalog drew last. format: "" for
+    what the files' names say. image_folder: what relative picture paths start from; "" is the folder of the source. attributes:
+    columns kept for filters. near_distance: bits in which the perceptual hashes of near-duplicates differ at most; -1 does
+    not look for them. unit_rows: records that are read, written and, after a crash, read again together.
+    """
 
     source: str = ""
+    format: str = ""
+    image_folder: str = ""
     columns: Columns = Columns()
+    attributes: tuple[str, ...] = ()
     max_side: int = Field(256, ge=16)
     max_pixels: int = Field(images.MAX_PIXELS, gt=0)
+    max_bytes: int = Field(images.MAX_BYTES, gt=0)
     unseen_fraction: float = Field(0.2, ge=0, le=1)
+    near_distance: int = Field(3, ge=-1, lt=BANDS)
     max_reject_fraction: float = Field(0.5, ge=0, le=1)
+    unit_rows: int = Field(4096, ge=1)
+
+    def identity(self) -> str:
+        """A fingerprint of what decides how records turn out; not of what only decides whether, or how fast."""
+        told = self.model_dump(exclude={"root", "max_reject_fraction", "unit_rows"})
+        return manifest.fingerprint("ingest", told, {})
+
+    def limits(self) -> Limits:
+        told = ("max_side", "max_pixels", "max_bytes", "unseen_fraction")
+        return Limits(**{name: getattr(self, name) for name in told})
 
 
-class RecordSource(ray.data.Datasource):
-    """The planned row groups as a Ray Data source: one read task each."""
-
-    def __init__(self, plan: SourcePlan, surveyed: Survey, unseen_fraction: float) -> None:
-        super().__init__()
-        self._plan, self._surveyed, self._unseen_fraction = plan, surveyed, unseen_fraction
-
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(group.bytes for group in self._plan.groups)
-
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ray.data.ReadTask]:
-        del parallelism, data_context  # a row group is what can be read alone
-        tasks = []
-        for group in self._plan.groups:
-            read = partial(
-                read_group,
-                group,
-                columns=self._plan.columns,
-                attributes=self._plan.attributes,
-                duplicates=self._surveyed.duplicates.get((group.uri, group.number), ()),
-                settled=self._surveyed.settled[group.uri, group.number],
-                unseen_fraction=self._unseen_fraction,
-            )
-            known = ray.data.block.BlockMetadata(num_rows=group.rows, size_bytes=group.bytes, exec_stats=None, input_files=(group.uri,))
-            tasks.append(ray.data.ReadTask(read, known, per_task_row_limit=per_task_row_limit))
-        return tasks
-
-
-def _fragments(table: pa.Table, uri: str) -> list[str]:
-    if not table.num_rows:
-        return []
-    made = write_fragments(table, uri, schema=table.schema, mode="overwrite")
-    return [json.dumps(fragment.to_json()) for fragment in made]
-
-
-def write_outcomes(outcomes: pa.Table, folder: str) -> pa.Table:
-    """OUTCOMES -> fragments on disk that no reader sees until the driver commits them; returns one row of MADE."""
-    if not outcomes.num_rows:
-        return MADE.empty_table()
-    items, rejects = split(outcomes)
-    first = (items if items.num_rows else rejects).select(["source_file", "source_row"]).slice(0, 1).to_pylist()[0]
-    told = {
-        **first,
-        "committed": items.num_rows,
-        "reasons": json.dumps(Counter(rejects.column("reason").to_pylist())),
-        "items": _fragments(items, storage.join(folder, DATASET)),
-        "rejects": _fragments(rejects, storage.join(folder, REJECTS)),
-    }
-    return pa.Table.from_pylist([told], schema=MADE)
+def _staging(settings: IngestConfig, plan: SourcePlan, run: str) -> stage.Staging:
+    items = storage.Layout(settings.root).items
+    return stage.Staging(
+        run=run,
+        folder=runs.folder_of(items, run),
+        items=storage.join(items, table.ITEMS),
+        rejects=storage.join(items, table.REJECTS),
+        reading=plan.reading,
+        limits=settings.limits(),
+        buckets=bucket_count(max(plan.rows, plan.bytes // RECORD_BYTES)),
+        near=settings.near_distance >= 0,
+    )
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the workers wrote, in the order of the source whatever order they finished in."""
+class Budget:
+    """How many records may be set aside: over it, nothing is published."""
 
-    items: list[str]
-    rejects: list[str]
-    committed: int
-    by_reason: dict[str, int]
+    allowed: float
+    source: str
+    rows: int  # as far as they are known before
 
-    @property
-    def rejected(self) -> int:
-        return sum(self.by_reason.values())
+    def spent(self, reasons: Mapping[str, int], rows: int) -> int:
+        """How many records were set aside against the source, if that is more than is allowed of `rows`; else 0."""
+        count = sum(count for reason, count in reasons.items() if reason not in HARMLESS)
+        return count if count > self.allowed * rows else 0
 
-
-def gather(made: Iterable[dict[str, Any]]) -> Written:
-    """Merge the rows of MADE."""
-    rows = sorted(made, key=lambda row: (row["source_file"], row["source_row"]))
-    reasons: Counter[str] = Counter()
-    for row in rows:
-        reasons.update(json.loads(row["reasons"]))
-    return Written(
-        items=[fragment for row in rows for fragment in row["items"]],
-        rejects=[fragment for row in rows for fragment in row["rejects"]],
-        committed=sum(row["committed"] for row in rows),
-        by_reason=dict(sorted(reasons.items())),
-    )
-
-
-def _execute(plan: SourcePlan, surveyed: Survey, settings: IngestConfig, folder: str) -> Written:
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    limits = Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
-    made = (
-        ray.data.read_datasource(RecordSource(plan, surveyed, settings.unseen_fraction), override_num_blocks=len(plan.groups))
-        .map_batches(partial(normalize_records, limits=limits), batch_size=None, batch_format="pyarrow")
-        .map_batches(partial(write_outcomes, folder=folder), batch_size=None, batch_format="pyarrow")
-    )
-    rows = []
-    with tqdm(total=plan.rows, desc="ingest", unit=" records", file=sys.stderr) as bar:
-        for row in made.iter_rows():
-            rows.append(row)
-            bar.update(row["committed"] + sum(json.loads(row["reasons"]).values()))
-    return gather(rows)
-
-
-def _check(written: Written, plan: SourcePlan, allowed: float) -> None:
-    """The books must balance, and the source must be worth publishing."""
-    assert written.committed + written.rejected == plan.rows, (written.committed, written.by_reason, plan.rows)
-    if written.rejected > allowed * plan.rows or not written.committed:
-        told = ", ".join(f"{count:,} {reason}" for reason, count in written.by_reason.items())
+    def check(self, figures: Mapping[str, Any]) -> None:
+        """ValueError where the figures of a run are over it, or nothing is left."""
+        reasons, rows = figures["by_reason"], max(figures["rows"], self.rows)
+        over = self.spent(reasons, rows)
+        if not over and (not rows or figures["committed"] + figures["unchanged"] + figures["deleted"]):
+            return
+        told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
         raise ValueError(
-            f"{written.rejected:,} of {plan.rows:,} records of {plan.uri} cannot be used ({told}); at most "
-            f"{allowed:.0%} may be (ingest.max_reject_fraction) and one must remain. Nothing was published"
+            f"{over or sum(reasons.values()):,} of {rows:,} records of {self.source} cannot be used ({told}); at most "
+            f"{self.allowed:.0%} may be (ingest.max_reject_fraction) and one must remain. Nothing was published"
         )
 
 
-def _has_versions(uri: str) -> bool:
-    filesystem, path = storage.open_filesystem(storage.join(uri, "_versions"))
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return any(info.extension == "manifest" for info in found)
+def _stage_all(plan: SourcePlan, staging: stage.Staging, budget: Budget) -> list[stage.Staged]:
+    """Stage every unit on the cluster; where the budget is spent before the end, only some."""
+
+    def one(piece: str) -> str:
+        return stage.stage(Unit(**json.loads(piece)), staging).model_dump_json()
+
+    made: dict[int, stage.Staged] = {}
+    reasons: Counter[str] = Counter()
+    known = all(unit.rows for unit in plan.units)  # else only the end tells how many there are
+    with tqdm(total=plan.rows or None, desc="ingest", unit=" records", file=sys.stderr, mininterval=1) as bar:
+        for place, answer in each(one, [json.dumps(asdict(unit)) for unit in plan.units]):
+            staged = made[place] = stage.Staged.model_validate_json(answer)
+            reasons.update(staged.rejected)
+            bar.update(staged.rows)
+            bar.set_postfix(rejected=sum(reasons.values()), refresh=False)
+            if known and budget.spent(reasons, plan.rows):
+                break
+    return [made[place] for place in sorted(made)]
 
 
-def _clean(folder: str) -> None:
-    """Remove what nobody committed: fragments of an ingest that was killed, or whose books did not please. Versions all stay."""
-    for uri in (storage.join(folder, DATASET), storage.join(folder, REJECTS)):
-        if not _has_versions(uri):
-            storage.remove_tree(uri)
-            continue
-        # Unverified files may be those of a writer at work; there is none, the driver being the only one. No version is
-        # that old, so none is removed: a release may have bound any of them.
-        lance.dataset(uri).cleanup_old_versions(NEVER, delete_unverified=True)
+def _checks(budget: Budget, staging: stage.Staging, times: list[dict[str, Any]]) -> publish.Check:
+    """The last look before the commit. A run that is refused leaves a report, so that one sees why."""
+
+    def check(figures: Mapping[str, Any], rejects: Sequence[str]) -> None:
+        try:
+            budget.check(figures)
+        except ValueError as error:
+            where = publish.save_report(staging.folder, {**figures, "error": str(error)}, times, staging.rejects, rejects)
+            raise ValueError(f"{error}. Examples: {where}. What was read is kept, for a run that allows more") from error
+
+    return check
 
 
-def _commit(uri: str, table: pa.Schema, fragments: list[str], made_id: str) -> lance.LanceDataset:
-    operation = lance.LanceOperation.Overwrite(table.with_metadata({ID_KEY: made_id}), [FragmentMetadata.from_json(f) for f in fragments])
-    return lance.LanceDataset.commit(uri, operation)
+def _refuse(check: publish.Check, figures: Mapping[str, Any], units: Sequence[stage.Staged]) -> None:
+    """A run that was stopped half-way because its budget was spent."""
+    reasons: Counter[str] = Counter()
+    for unit in units:
+        reasons.update(unit.rejected)
+    so_far = {"committed": sum(unit.items for unit in units), "unchanged": 0, "deleted": 0}
+    told = {**figures, **so_far, "by_reason": dict(reasons), "rejected": sum(reasons.values())}
+    check(told, [text for unit in units for text in unit.reject_fragments])
+    raise AssertionError(told)
 
 
-def _publish(folder: str, written: Written, made_id: str) -> tuple[lance.LanceDataset, lance.LanceDataset]:
-    """Commit rejects, then items, each in one step; the manifest, which comes after, names the version of both."""
-    rejects = _commit(storage.join(folder, REJECTS), schema.REJECTS, written.rejects, made_id)
-    dataset = _commit(storage.join(folder, DATASET), schema.ITEMS, written.items, made_id)
-    assert dataset.count_rows() == written.committed
-    dataset.create_scalar_index("item_id", "BTREE")  # taking items by id scans without it
-    return dataset, rejects
-
-
-def _figures(
-    dataset: lance.LanceDataset, rejects: lance.LanceDataset, plan: SourcePlan, surveyed: Survey, written: Written
-) -> dict[str, Any]:
-    known = dataset.to_table(columns=["product_id", "family_id", "id_split", "mime"])
-    unseen = pc.equal(known.column("id_split"), "dev_unseen")
-    train = pc.equal(known.column("id_split"), "train")
-    families = [set(known.filter(part).column("family_id").unique().to_pylist()) for part in (train, unseen)]
+def _staged_figures(plan: SourcePlan, units: Sequence[stage.Staged], run: str) -> dict[str, Any]:
     return {
-        "rows": plan.rows,
-        "committed": written.committed,
-        "rejected": written.rejected,
-        "by_reason": written.by_reason,
-        "products": pc.count_distinct(known.column("product_id")).as_py(),
-        "products_train": pc.count_distinct(known.filter(train).column("product_id")).as_py(),
-        "products_unseen": pc.count_distinct(known.filter(unseen).column("product_id")).as_py(),
-        "families": pc.count_distinct(known.column("family_id")).as_py(),
-        "families_in_both_splits": len(families[0] & families[1]),  # as given: a sibling in training makes an unseen product familiar
-        "split_conflicts": surveyed.split_conflicts,
-        "images": pc.sum(pc.not_equal(known.column("mime"), "")).as_py(),
-        "version": dataset.version,
-        "rejects_version": rejects.version,
+        "source": plan.uri,
+        "run": run,
+        "rows": sum(unit.rows for unit in units),
+        "images": sum(unit.images for unit in units),
+        "files_read": len({unit.uri for unit in plan.units}),
+        "files_skipped": len(plan.files) - len({unit.uri for unit in plan.units}),
         "not_read": list(plan.not_read),
+        "bytes_read": sum(unit.bytes_read for unit in units),
+        "bytes_written": sum(unit.bytes_written for unit in units),
+        "worker_peak_mb": max((unit.peak_mb for unit in units), default=0.0),
     }
 
 
-def finished(folder: str, made_id: str) -> manifest.Manifest | None:
-    """The manifest in `folder` if it is that of `made_id` and its version can still be opened."""
-    if not storage.exists(storage.join(folder, manifest.NAME)):
-        return None
-    made = manifest.read(folder, kind="items")
-    if made.id != made_id:
-        return None
-    try:
-        lance.dataset(storage.join(folder, DATASET), version=made.figures["version"])
-    except ValueError:
-        return None
-    return made
+def _rates(figures: Mapping[str, Any], seconds: float, watch: MemoryWatch) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 2),
+        "rows_per_s": round(figures["rows"] / seconds, 1),
+        "mb_per_s": round(figures["bytes_read"] / seconds / 1e6, 2),
+        "peak_mb": round(watch.peak_mb, 1),
+    }
+
+
+def ingest(settings: IngestConfig, plan: SourcePlan, run: str, taken: Mapping[str, str], closing: pa.Table | None = None) -> dict[str, Any]:
+    """Stage the plan's units, publish them as `run`, and finish.
+
+    `taken`: the source files it takes in, name by fingerprint; closing: rows of REJECTS that say which of these it takes up.
+    """
+    start = time.perf_counter()
+    staging = _staging(settings, plan, run)
+    with runs.held(staging.folder), MemoryWatch() as watch:
+        if removed := runs.sweep(storage.Layout(settings.root).items):
+            log.info("%d files that an earlier run left behind were removed", removed)
+        storage.require_free(staging.items, plan.bytes + plan.bytes // 2)
+        table.create(staging.items, schema.items(plan.reading.kept))
+        table.create(staging.rejects, schema.REJECTS)
+        runs.note_files(staging.folder, runs.Files(settings=settings.identity(), source=plan.uri, files=dict(taken)))
+        cluster.connect()
+        budget = Budget(settings.max_reject_fraction, plan.uri, plan.rows)
+        units = _stage_all(plan, staging, budget)
+        figures = _staged_figures(plan, units, run)
+        figures |= _rates(figures, time.perf_counter() - start, watch)
+        check = _checks(budget, staging, publish.sources(units))
+        if len(units) < len(plan.units):
+            _refuse(check, figures, units)
+        closed, _ = stage.write(iter([closing] if closing else []), schema.REJECTS, staging.rejects)
+        told = {"near_distance": settings.near_distance, "figures": figures, "check": check, "closing": closed}
+        log.info("%d records read; looking for records of one item, product or picture", figures["rows"])
+        publish.commit(publish.Job(staging=staging, units=units, **told))
+        return publish.finish(storage.Layout(settings.root).items, run)
+
+
+def _show(figures: Mapping[str, Any], items: str) -> None:
+    folder = runs.folder_of(items, figures["run"])
+    noted = runs.commit_of(folder)
+    print(report.table(figures, [report.SourceTime(**told) for told in noted.sources] if noted else []), file=sys.stderr)  # noqa: T201
+    print(f"report   {storage.join(folder, 'report.html')}", file=sys.stderr)  # noqa: T201
 
 
 def run(settings: IngestConfig) -> dict[str, Any]:
-    """Ingest; returns the figures of the manifest. ValueError for a source that cannot be used; then nothing is published."""
+    """Ingest what the items do not hold yet; gives the figures. ValueError for a source that cannot be used; then nothing is published."""
     layout = storage.Layout(settings.root)
     source = settings.source or storage.join(manifest.current(layout.catalog, kind="catalog"), "records.parquet")
-    plan = plan_source(source, settings.columns)
+    applied = publish.finish_all(layout.items)
+    done = runs.taken_in(layout.items, applied, settings.identity())
+    told = {"format": settings.format, "keep": settings.attributes, "images": settings.image_folder, "unit_rows": settings.unit_rows}
+    plan = plan_source(source, settings.columns, done=done, **told)
     for name in plan.not_read:
         log.info("%s is not read: it has neither pictures nor one row a product", name)
-    inputs = {"source": plan.fingerprint}
-    made_id = manifest.fingerprint("items", settings.settings(), inputs)
-    if made := finished(layout.items, made_id):
-        return {**made.figures, "skipped": True}
-    surveyed = survey(plan)
-    if surveyed.split_conflicts:
-        log.warning("%d products are given more than one id_split: none of them is trained on", surveyed.split_conflicts)
-    _clean(layout.items)
-    storage.require_free(layout.items, plan.bytes + plan.bytes // 2)
-    cluster.connect()
-    try:
-        written = _execute(plan, surveyed, settings, layout.items)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):  # one of ours, meant for the user; the lines below it are advice on Ray Data
-            raise ValueError(str(error.cause).partition("\n")[0]) from error
-        raise
-    try:
-        _check(written, plan, settings.max_reject_fraction)
-    except ValueError:
-        _clean(layout.items)
-        raise
-    items, rejects = _publish(layout.items, written, made_id)
-    figures = _figures(items, rejects, plan, surveyed, written)
-    manifest.write(layout.items, kind="items", config=settings.settings(), inputs=inputs, figures=figures)
+    taken = {file.fingerprint: file.name for file in plan.files if file.fingerprint not in done}
+    if not taken:
+        log.info("nothing new in %s: its %d files are in the items already", source, len(plan.files))
+        return {**runs.last_figures(layout.items, applied, settings.identity()), "skipped": True}
+    number = manifest.fingerprint("ingest", {"settings": settings.identity()}, {name: finger for finger, name in taken.items()})
+    runs.forget(runs.folder_of(layout.items, number), applied, number)
+    figures = ingest(settings, plan, number, taken)
+    _show(figures, layout.items)
     return figures
 
 

@@ -23,8 +23,9 @@ import ray
 from pydantic import ConfigDict
 
 from idem import cluster, config, job, storage
+from idem.memory import MemoryWatch
 from serve import measured, stages
-from serve.children import Child, JobFailed, MemoryWatch
+from serve.children import Child, JobFailed
 from serve.port import require_port
 from serve.stages import Noted, StageTime
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from idem import cluster, manifest, schema, storage
 from index import plan, run, shard, vectors
-from pipelines.items import DATASET, ID_KEY
+from pipelines.table import ID_KEY
+from pipelines.table import ITEMS as DATASET
 from train.backbones import Compact, CompactConfig
 
 FRACTIONS = (0.4, 0.4, 0.2)
@@ -60,12 +61,8 @@ def item_rows(products: int, photos: int) -> pa.Table:
 def write_items(root: str, table: pa.Table) -> None:
     """One more version of the items of the run."""
     folder = storage.Layout(root).items
-    config = {"rows": table.num_rows}
-    known = {ID_KEY: manifest.fingerprint("items", config, {})}
-    dataset = lance.write_dataset(
-        table.replace_schema_metadata(known), storage.join(folder, DATASET), mode="overwrite", max_rows_per_file=50
-    )
-    manifest.write(folder, kind="items", config=config, inputs={}, figures={"version": dataset.version})
+    known = {ID_KEY: manifest.fingerprint("items", {"rows": table.num_rows}, {})}
+    lance.write_dataset(table.replace_schema_metadata(known), storage.join(folder, DATASET), mode="overwrite", max_rows_per_file=50)
 
 
 def write_embedder(root: str, seed: int = 0) -> str:

@@ -6,7 +6,8 @@ import pytest
 from idem import folds, manifest, schema, storage
 from index import candidates, run
 from index.candidates import CandidatesConfig
-from pipelines.items import DATASET, open_items
+from pipelines.items import open_items
+from pipelines.table import ITEMS as DATASET
 from train.embedder import Embedder
 
 
@@ -85,7 +86,6 @@ def test_photos_of_the_split_that_is_indexed_do_not_ask(root, without_ray):
     dataset = lance.dataset(storage.join(folder, DATASET))
     dataset.update({"role": "'photo'", "split": "'train'"})
     dataset.update({"split": "'test'"}, where="item_id LIKE '%-3'")
-    manifest.write(folder, kind="items", config={}, inputs={}, figures={"version": dataset.version})
     assert run.run(run.IndexConfig(root=root, fields="image", per_product=2))["rule"] == candidates.SPLIT_RULE
     _, found = made(root)
     asked = found["query_id"].to_pylist()

@@ -54,7 +54,7 @@ def test_a_run_may_be_moved(indexed, tmp_path):
         shutil.rmtree(Path(indexed, artifact))
     there = Release.open(str(elsewhere / "releases" / name))
     assert there.index.startswith(str(elsewhere))
-    with pytest.raises(ValueError, match=r"no finished items.*no finished embedder.*no finished index"):
+    with pytest.raises(ValueError, match=r"version 1 of the items is not at .*no finished embedder.*no finished index"):
         Release.open(storage.join(storage.Layout(indexed).releases, name))
 
 
@@ -72,7 +72,7 @@ def flip(path: Path) -> None:
         (lambda root: flip(folder_of(root, "embedder") / "model.safetensors"), r"model\.safetensors does not match"),
         (lambda root: (folder_of(root, "embedder") / "manifest.json").unlink(), "no finished embedder"),
         (lambda root: (folder_of(root, "index") / "manifest.json").open("a").write("\n"), r"manifest\.json does not match the checksum"),
-        (lambda root: shutil.rmtree(Path(root, "items", "items.lance")), "version 1 of the items"),
+        (lambda root: shutil.rmtree(Path(root, "items", "items.lance")), "version 1 of the items is not at"),
     ],
 )
 def test_what_is_damaged_is_refused_by_name(indexed, harm, message):

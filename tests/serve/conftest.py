@@ -19,7 +19,9 @@ from idem import images, manifest, schema, storage
 from idem.types import Document, Hit, Query, Ranking
 from index import release, shard
 from index.merge import best_first, merge
-from pipelines.items import DATASET, ID_KEY, open_items
+from pipelines.items import open_items
+from pipelines.table import ID_KEY
+from pipelines.table import ITEMS as DATASET
 from serve.api import Picture
 from serve.engine import Answer, Engine
 from train.backbones import Compact, CompactConfig
@@ -120,7 +122,6 @@ def write_items(root: str, shop) -> int:
     table = pa.Table.from_pylist(rows, schema=schema.ITEMS)
     known = {ID_KEY: manifest.fingerprint("items", {}, {})}
     dataset = lance.write_dataset(table.replace_schema_metadata(known), storage.join(folder, DATASET))
-    manifest.write(folder, kind="items", config={}, inputs={}, figures={"version": dataset.version})
     return dataset.version
 
 

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from idem import config
+from idem.memory import MemoryWatch, tree_mb
 from serve import demo
-from serve.children import Child, JobFailed, MemoryWatch, tree_mb
+from serve.children import Child, JobFailed
 
 ROAD = [
     "pipelines.catalog",

@@ -1,0 +1,124 @@
+"""Put rejects through again: repaired ones, or all that a changed limit allows now. Those that pass become items, the others stay.
+
+`[ingest]` of the run file says how, as for the ingest itself; `[replay]` says which.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from idem import config, job, manifest, schema, storage
+from pipelines import ingest, publish, rejects, replayed, runs, table
+from pipelines.records import TEXTS
+from pipelines.sources import Reading, SourcePlan
+
+log = logging.getLogger("replay")
+FIELDS = (*TEXTS, "mime", "deleted", "image", "image_ref", schema.ATTRIBUTES)
+DECIDED = ("duplicate_id", "superseded")  # they lost to another record, and would win now as the last to come
+UNIT_ROWS = 512
+READERS = {"parquet": pq.read_table, "jsonl": pyarrow.json.read_json, "csv": pyarrow.csv.read_csv}
+
+
+class ReplayConfig(config.Table):
+    """reasons: of the rejects to put through again, whatever became of them before; empty takes those that may turn out
+    otherwise now: repaired, or set aside under other settings. repaired: a parquet, jsonl or csv file with source_file,
+    source_row and the fields that are to be changed.
+    """
+
+    reasons: tuple[str, ...] = ()
+    repaired: str = ""
+
+
+def _read_repairs(uri: str) -> replayed.Repairs:
+    if not uri:
+        return {}
+    ending = uri.rsplit(".", 1)[-1].lower()
+    if ending not in READERS:
+        raise ValueError(f"repairs are read from {', '.join(READERS)}; found {uri}")
+    rows = READERS[ending](pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+    return replayed.load_repairs(rows, FIELDS)
+
+
+def choose(
+    light: Sequence[Mapping[str, Any]], repairs: replayed.Repairs, reasons: Sequence[str], settings_of: Mapping[str, str], now: str
+) -> list[int]:
+    """Places of the open rejects to put through again. settings_of: by run, what it was read with; `now`: what is asked for."""
+    chosen = []
+    for place, row in enumerate(light):
+        mended = (row["source_file"], row["source_row"]) in repairs
+        otherwise = row["reason"] not in (*DECIDED, *replayed.RAW) and settings_of.get(row["run"]) != now
+        if mended or row["reason"] in reasons or (not reasons and otherwise):
+            chosen.append(place)
+    return chosen
+
+
+def _closing(light: Sequence[Mapping[str, Any]], run: str) -> pa.Table:
+    """Rows for the table of rejects which say that these were taken up by `run`."""
+    rows = [
+        {
+            **{name: row[name] for name in ("source_file", "source_row", "item_id")},
+            "reason": rejects.REPLAYED,
+            "message": f"put through again by the run {run}",
+            "original": None,
+            "record": f'{{"run": "{row["run"]}"}}',
+            "run": run,
+        }
+        for row in light
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.REJECTS)
+
+
+def _unknown(light: Sequence[Mapping[str, Any]], repairs: replayed.Repairs) -> None:
+    if unknown := sorted(set(repairs) - {(row["source_file"], row["source_row"]) for row in light}):
+        told = ", ".join(f"{file} row {row}" for file, row in unknown[:5])
+        raise ValueError(f"{len(unknown)} repairs are for records that are not among the {len(light):,} open rejects: {told}")
+
+
+def run(settings: ReplayConfig, how: ingest.IngestConfig) -> dict[str, Any]:
+    """Replay; returns the figures of the run. ValueError for repairs that fit no open reject."""
+    items = storage.Layout(settings.root).items
+    applied = publish.finish_all(items)
+    opened = rejects.open_rejects(items)
+    light = opened.light.to_pylist()
+    repairs = _read_repairs(settings.repaired)
+    _unknown(light, repairs)
+    files = {run: runs.files_of(items, run) for run in applied}
+    settings_of = {run: found.settings for run, found in files.items() if found}
+    chosen = choose(light, repairs, settings.reasons, settings_of, how.identity())
+    if not chosen:
+        log.info("none of the %d open rejects would turn out otherwise: change a limit, repair some, or name reasons", len(light))
+        return {"replayed": 0, "open": len(light), "skipped": True}
+    keys = [[light[place][name] for name in ("run", "source_file", "source_row")] for place in chosen]
+    number = manifest.fingerprint("replay", {"settings": how.identity()}, {"rejects": repr(keys), "repairs": repr(sorted(repairs.items()))})
+    kept_table = table.open_table(storage.join(items, table.ITEMS)).schema
+    kept = kept_table.field(schema.ATTRIBUTES).type if schema.ATTRIBUTES in kept_table.names else None
+    units = replayed.write_units(runs.folder_of(items, number), opened.batches(chosen, UNIT_ROWS), repairs, kept)
+    reading = Reading(columns=how.columns, attributes=(), kept=kept, images=how.image_folder or how.source)
+    plan = SourcePlan(uri=f"rejects of {items}", reading=reading, files=(), units=tuple(units), not_read=())
+    figures = ingest.ingest(how, plan, number, {}, closing=_closing([light[place] for place in chosen], number))
+    left = len(rejects.open_rejects(items).addresses)
+    return {**figures, "replayed": len(chosen), "open": left}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.replay", description=__doc__)
+    parser.add_argument("run", help="run file (TOML)")
+    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one setting of the run file")
+    told = parser.parse_args(argv)
+
+    def both() -> dict[str, Any]:
+        how = config.load(told.run, "ingest", ingest.IngestConfig, told.set)
+        return run(config.load(told.run, "replay", ReplayConfig, told.set), how)
+
+    return job.guarded("pipelines.replay", both)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
