@@ -4,6 +4,7 @@ What is damaged is told: of a unit whose rows are known each becomes a record wi
 A way to the data that is broken (storage.Unreachable) is never a fault of a record: it is raised.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from pipelines.units import Reading, Unit
 
 T = TypeVar("T")
 PACK_BYTES = 64 << 20
+SCAN_ROWS = 8 * BATCH_ROWS
 TRUE = ("true", "1")
 
 
@@ -96,21 +98,24 @@ def _arrow(unit: Unit, reading: Reading) -> Iterator[Fields]:
             row += batch.num_rows
 
 
+def _spans(start: int, end: int, rows: int) -> list[tuple[int, int]]:
+    return [(first, min(first + rows, end)) for first in range(start, end, rows)]
+
+
 def _lance(unit: Unit, reading: Reading) -> Iterator[Fields]:
     dataset = typed.open_lance(unit.uri, unit.version)
     names = _wanted(reading.columns, reading.kept, dataset.schema.names)
-    end = unit.first_row + unit.rows
-    # A scan gives up the rows that it has read ahead: after damage, each piece is asked for alone.
-    spans = iter([(unit.first_row, end)])
-    while span := next(spans, None):
-        row, last = span
+    # Whatever limits it is given, a scan keeps most of what it reads in memory: some scans a unit bound it.
+    spans = deque(_spans(unit.first_row, unit.first_row + unit.rows, SCAN_ROWS))
+    while spans:
+        row, last = spans.popleft()
         batches = typed.lance_batches(dataset, unit.uri, unit.groups[0], names, unit.offset + row - unit.first_row, last - row)
         for batch in _until_damage(batches, typed.LANCE_DAMAGE):
             if not isinstance(batch, _Damage):
                 yield fields.of_batch(batch, row, reading.columns, reading.kept)
                 row += batch.num_rows
-            elif last - row > BATCH_ROWS:
-                spans = iter([(start, min(start + BATCH_ROWS, last)) for start in range(row, last, BATCH_ROWS)])
+            elif last - row > BATCH_ROWS:  # it gave up what it had read ahead: each piece is asked for alone
+                spans.extendleft(reversed(_spans(row, last, BATCH_ROWS)))
             else:
                 yield from _of_rows(_damaged(unit, range(row, last), batch.message), reading)
 

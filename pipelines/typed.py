@@ -14,6 +14,7 @@ from pipelines.records import BATCH_ROWS
 DAMAGE = (OSError, pa.ArrowException)  # Unreachable, an OSError as well, is to be let through first
 LANCE_DAMAGE = (OSError, ValueError, pa.ArrowException)
 BUFFER = 4 << 20  # of a column that is read in pieces: a whole chunk of pictures would fill the memory
+READ_AHEAD = 64 << 20  # of Lance, which takes 2 GiB otherwise
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -21,7 +22,10 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """The open file; ValueError that names it where its footer, or a part read without looking at damage, is not sound."""
     try:
-        with streams.open_random(uri) as raw, pq.ParquetFile(raw, buffer_size=BUFFER, page_checksum_verification=True) as file:
+        with (
+            streams.open_random(uri) as raw,
+            pq.ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True) as file,
+        ):
             yield file
     except storage.Unreachable:
         raise
@@ -92,7 +96,9 @@ def lance_batches(
     found = dataset.get_fragment(fragment)
     assert found
     with storage.reaching(uri):
-        yield from found.scanner(columns=list(names), offset=offset, limit=rows, batch_size=BATCH_ROWS).to_batches()
+        yield from found.scanner(
+            columns=list(names), offset=offset, limit=rows, batch_size=BATCH_ROWS, batch_readahead=2, io_buffer_size=READ_AHEAD
+        ).to_batches()
 
 
 def read_schema(uri: str, kind: str) -> pa.Schema:
