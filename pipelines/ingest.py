@@ -177,7 +177,7 @@ def ingest(settings: IngestConfig, plan: SourcePlan, run: str, taken: Mapping[st
     """
     start = time.perf_counter()
     staging = _staging(settings, plan, run)
-    with runs.held(staging.folder), MemoryWatch() as watch:
+    with runs.held(staging.folder), MemoryWatch(5.0) as watch:
         if removed := runs.sweep(storage.Layout(settings.root).items):
             log.info("%d files that an earlier run left behind were removed", removed)
         storage.require_free(staging.items, plan.bytes + plan.bytes // 2)
@@ -192,7 +192,7 @@ def ingest(settings: IngestConfig, plan: SourcePlan, run: str, taken: Mapping[st
         check = _checks(budget, staging, publish.sources(units))
         if len(units) < len(plan.units):
             _refuse(check, figures, units)
-        closed, _ = stage.write(iter([closing] if closing else []), schema.REJECTS, staging.rejects)
+        closed, _ = stage.write([closing] if closing else [], schema.REJECTS, staging.rejects)
         told = {"near_distance": settings.near_distance, "figures": figures, "check": check, "closing": closed}
         log.info("%d records read; looking for records of one item, product or picture", figures["rows"])
         publish.commit(publish.Job(staging=staging, units=units, **told))

@@ -136,9 +136,9 @@ def revise_unit(staged: Staged, places: Places, staging: Staging) -> Revised:
     """Write the unit's items again as the verdicts want them; what goes for a reason becomes a reject."""
     unit = _Unit(staging, Orders.read(places))
     revised = (unit.revise(first, items) for first, items in _read(staging.items, staged.item_fragments))
-    added, _ = write((table for table in revised if table.num_rows), schema.items(staging.reading.kept), staging.items)
+    added, _ = write(revised, schema.items(staging.reading.kept), staging.items)
     rejects = [pa.Table.from_pylist(unit.rejects, schema=schema.REJECTS)] if unit.rejects else []
-    fragments, _ = write(iter(rejects), schema.REJECTS, staging.rejects)
+    fragments, _ = write(rejects, schema.REJECTS, staging.rejects)
     rejected = Counter(reject["reason"] for reject in unit.rejects)
     return Revised(added=added, rejects=fragments, rejected=dict(rejected), counts=dict(unit.counts))
 

@@ -13,9 +13,10 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from idem import storage
-from pipelines import keys, resolve
+from pipelines import contested, keys, resolve
 from pipelines.stage import folder_of
 from pipelines.table import open_table
 
@@ -46,21 +47,28 @@ class Outcome:
     families: list[tuple[int, str]] = field(default_factory=list)  # hash of a family, and a split that it is in
 
 
-def _load(work: Work, kind: str, bucket: int) -> Iterator[dict[str, Any]]:
-    for number, (key, name) in enumerate(work.units):
+def _load(work: Work, kind: str, bucket: int) -> pa.Table:
+    """The keys of this kind in the bucket, with the place of their `unit` in the plan."""
+    parts = []
+    for number, (key, _) in enumerate(work.units):
         uri = storage.join(folder_of(work.folder, key), f"{kind}.arrow")
         for batch in keys.read([(uri, bucket)]):
-            for row in batch.to_pylist():
-                yield {**row, "unit": number, "file": name}
+            parts.append(pa.Table.from_batches([batch]).append_column("unit", pa.array(np.full(batch.num_rows, number))))
+    return pa.concat_tables(parts)
+
+
+def _rows(work: Work, table: pa.Table) -> list[dict[str, Any]]:
+    """As pipelines.resolve takes them."""
+    return [{**row, "file": work.units[row["unit"]][1]} for row in table.to_pylist()]
 
 
 def _quoted(value: object) -> str:
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
-def _look_up(table: lance.LanceDataset, column: str, values: Sequence[object], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _look_up(table: lance.LanceDataset, column: str, values: pa.ChunkedArray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of the table whose `column` is one of `values`; quick where the column has an index. `unit` is -1: they came before."""
-    wanted = sorted(set(values), key=str) if table.count_rows() else []
+    wanted = values.unique().drop_null().to_pylist() if table.count_rows() else []
     for start in range(0, len(wanted), IDS_A_QUERY):
         some = ", ".join(map(_quoted, wanted[start : start + IDS_A_QUERY]))
         found = table.scanner(columns=list(columns), filter=f"{column} IN ({some})", with_row_address=True).to_table()
@@ -70,30 +78,34 @@ def _look_up(table: lance.LanceDataset, column: str, values: Sequence[object], c
 
 
 def _winners(work: Work, table: lance.LanceDataset, bucket: int) -> resolve.Resolved:
-    ids = list(_load(work, "ids", bucket))
-    there = _look_up(table, "item_id", [key["item_id"] for key in ids], ["item_id", "version", "record_hash"])
-    return resolve.winners(ids, {row["item_id"]: row for row in there})
+    ids = _load(work, "ids", bucket)
+    found = _look_up(table, "item_id", ids.column("item_id"), ["item_id", "version", "record_hash"])
+    there = {row["item_id"]: row for row in found}
+    disputed, alone = contested.ids(ids, there.keys())
+    resolved = resolve.winners(_rows(work, disputed), there)
+    resolved.counts["inserted"] += alone
+    return resolved
 
 
 def _settled(work: Work, table: lance.LanceDataset, bucket: int) -> tuple[resolve.Resolved, list[tuple[int, str]]]:
-    said = list(_load(work, "products", bucket))
+    said = _load(work, "products", bucket)
     there: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _look_up(table, "product_id", [key["product_id"] for key in said], ["product_id", "family_id", "id_split"]):
+    for row in _look_up(table, "product_id", said.column("product_id"), ["product_id", "family_id", "id_split"]):
         there[row["product_id"]].append(row)
-    resolved, places = resolve.settled(said, there, work.unseen_fraction)
+    resolved, places = resolve.settled(_rows(work, said), there, work.unseen_fraction)
     hashed = {(int.from_bytes(hashlib.blake2b(family.encode(), digest_size=8).digest()), split) for family, split in places}
     return resolved, sorted(pair for pair in hashed if pair[0] < work.family_share * 2**64)
 
 
 def _alike(work: Work, table: lance.LanceDataset, bucket: int) -> resolve.Resolved:
-    pictures = list(_load(work, "pictures", bucket))
-    columns = ["item_id", "content_hash", "phash"]
-    there = {
-        row["address"]: row for row in _look_up(table, "content_hash", [p["content_hash"] for p in pictures if p["band"] == 0], columns)
-    }
-    hashes = [p["phash"] for p in pictures if p["band"] == 1]
-    there |= {row["address"]: row for row in _look_up(table, "phash", hashes, columns)}
-    return resolve.alike(pictures, there.values(), work.near_distance)
+    pictures = _load(work, "pictures", bucket)
+    there: dict[int, dict[str, Any]] = {}
+    for column, band in (("content_hash", 0), ("phash", 1)):
+        values = pictures.filter(pc.equal(pictures.column("band"), band)).column(column)
+        there |= {row["address"]: row for row in _look_up(table, column, values, ["item_id", "content_hash", "phash"])}
+    contents, hashes = ({row[name] for row in there.values()} - {None} for name in ("content_hash", "phash"))
+    disputed = contested.pictures(pictures, contents, hashes, work.near_distance)
+    return resolve.alike(_rows(work, disputed), there.values(), work.near_distance)
 
 
 def _target(verdict: resolve.Verdict) -> tuple[str, dict[str, Any]]:

@@ -4,11 +4,12 @@ from collections import Counter
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import keys, resolve
+from pipelines import contested, keys, resolve
 from pipelines.records import SETTLED, family_and_split
 from pipelines.resolve import UNCHANGED, Verdict
 
@@ -219,3 +220,44 @@ def test_what_the_table_holds_was_there_first() -> None:
     found = resolve.alike([*same, *alike], [old], 3).verdicts
     assert {(v.row, v.duplicate_of) for v in found if v.duplicate_of} == {(0, "old")}
     assert {(v.row, v.near_duplicate_of, v.rank) for v in found if v.near_duplicate_of} == {(1, "old", -1)}
+
+
+def as_keys(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    columns = [*schema, pa.field("unit", pa.int64()), pa.field("file", pa.string())]
+    return pa.Table.from_pylist(rows, schema=pa.schema(columns))
+
+
+@settings(deadline=None)
+@given(ids=KEYS, old=st.dictionaries(st.sampled_from("abc"), st.tuples(st.none() | st.integers(0, 3), st.sampled_from("xy"))))
+def test_what_is_left_out_as_uncontested_has_no_verdict(ids: list[dict], old: dict) -> None:
+    held = {item_id: there(item_id, version, digest) for item_id, (version, digest) in old.items()}
+    disputed, alone = contested.ids(as_keys(ids, keys.IDS), held.keys())
+    few, everything = resolve.winners(disputed.to_pylist(), held), resolve.winners(ids, held)
+    assert few.verdicts == everything.verdicts
+    assert {**few.counts, "inserted": few.counts["inserted"] + alone} == everything.counts
+
+
+LOOKS = st.integers(-(2**63), 2**63 - 1) | st.sets(st.integers(0, 63), max_size=5).map(
+    lambda bits: int(np.array(sum(1 << b for b in bits), np.uint64).view(np.int64))
+)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz"), st.none() | LOOKS), max_size=14),
+    old=st.lists(st.tuples(st.sampled_from("uvw"), LOOKS), max_size=2),
+    distance=st.integers(0, 3),
+    widest=st.sampled_from([2, contested.WIDEST]),
+)
+def test_pictures_left_out_as_uncontested_have_no_verdict(rows: list, old: list, distance: int, widest: int) -> None:
+    pictures = [k for row, (item, c, phash) in enumerate(rows) for k in seen(item, row, f"{ord(c):064x}", phash)]
+    before = [
+        {"item_id": f"old{n}", "content_hash": f"{ord(c):064x}", "phash": phash, "unit": -1, "source_row": n, "address": n}
+        for n, (c, phash) in enumerate(old)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contested, "WIDEST", widest)
+        contents, hashes = {b["content_hash"] for b in before}, {b["phash"] for b in before}
+        disputed = contested.pictures(as_keys(pictures, keys.PICTURES), contents, hashes, distance).to_pylist()
+    few, everything = (set(resolve.alike(found, before, distance).verdicts) for found in (disputed, pictures))
+    assert few == everything
