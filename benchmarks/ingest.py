@@ -52,7 +52,7 @@ COLOURS = ("teal", "sand", "charcoal", "rust", "ivory", "cobalt", "olive", "blus
 EXTRAS = ("free returns", "gift box included", "2-year warranty", "new in 2026", "dishwasher safe", "limited edition")
 
 RATE_BAR, MEMORY_BAR, CPU_BAR = 0.8, 1.15, 1.20
-CPU_EVERY_S, MEMORY_EVERY_S = 1.0, 2.0  # a look at memory walks every mapping of every process
+CPU_EVERY_S, MEMORY_EVERY_S = 1.0, 5.0  # a look at memory walks every mapping of every process
 PATIENCE_S = 30.0  # for what a contender leaves behind to end by itself
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 OURS, BARE, UNCHECKED = "ours", "multiprocessing", "raydata"

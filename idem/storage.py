@@ -162,8 +162,11 @@ def read_bytes(uri: str) -> bytes:
         return patiently(read)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write all of `data` or nothing: a reader sees the old content or the new, also after a crash."""
+def write_bytes(uri: str, data: bytes, *, durable: bool = True) -> None:
+    """Write all of `data` or nothing: a reader sees the old content or the new, also after a crash.
+
+    Without `durable`, not after a power cut: for what can be made again, since waiting for a busy disk takes longer than that.
+    """
     if not is_local(uri):
         filesystem, path = open_filesystem(uri)
         with reaching(uri), filesystem.open_output_stream(path, compression=None) as stream:
@@ -175,7 +178,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     with partial.open("wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            os.fsync(stream.fileno())
     partial.replace(path)
 
 

@@ -28,6 +28,7 @@ from pipelines.sources import SourcePlan, Unit, plan_source
 from pipelines.workers import each
 
 log = logging.getLogger("ingest")
+MEMORY_EVERY_S = 10.0  # each look walks every mapping of every process
 RECORD_BYTES = 20_000  # of a record, where only reading tells how many there are
 HARMLESS = ("superseded",)  # reasons that say nothing against a source
 
@@ -177,7 +178,7 @@ def ingest(settings: IngestConfig, plan: SourcePlan, run: str, taken: Mapping[st
     """
     start = time.perf_counter()
     staging = _staging(settings, plan, run)
-    with runs.held(staging.folder), MemoryWatch(5.0) as watch:
+    with runs.held(staging.folder), MemoryWatch(MEMORY_EVERY_S) as watch:
         if removed := runs.sweep(storage.Layout(settings.root).items):
             log.info("%d files that an earlier run left behind were removed", removed)
         storage.require_free(staging.items, plan.bytes + plan.bytes // 2)

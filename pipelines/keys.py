@@ -108,7 +108,7 @@ def write(uri: str, table: pa.Table, bucket: np.ndarray, buckets: int) -> None:
     with pa.ipc.new_file(sink, table.schema) as writer:
         for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
             writer.write_batch(whole.slice(start, end - start))
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_bytes(uri, sink.getvalue().to_pybytes(), durable=False)
 
 
 def read(places: Iterable[tuple[str, int]]) -> Iterator[pa.RecordBatch]:

@@ -99,7 +99,7 @@ def held(folder: str) -> Iterator[None]:
 
     def renew() -> None:
         lease = Lease(host=socket.gethostname(), pid=os.getpid(), born=born, started=started, beat=time.time())
-        storage.write_bytes(uri, lease.model_dump_json().encode())
+        storage.write_bytes(uri, lease.model_dump_json().encode(), durable=False)
 
     def beat() -> None:
         while not over.wait(BEAT_S):

@@ -227,5 +227,5 @@ def stage(unit: Unit, staging: Staging) -> Staged:
         seconds=round(time.perf_counter() - start, 3),
         peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     )
-    storage.write_bytes(storage.join(folder, DONE), staged.model_dump_json().encode())
+    storage.write_bytes(storage.join(folder, DONE), staged.model_dump_json().encode(), durable=False)
     return staged
