@@ -23,8 +23,8 @@ from idem.memory import MemoryWatch
 from pipelines import publish, report, runs, stage, table
 from pipelines.keys import BANDS, bucket_count
 from pipelines.normalize import Limits
+from pipelines.reading.sources import SourcePlan, Unit, plan_source
 from pipelines.records import Columns
-from pipelines.sources import SourcePlan, Unit, plan_source
 from pipelines.workers import each
 
 log = logging.getLogger("ingest")

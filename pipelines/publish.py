@@ -16,7 +16,7 @@ from typing import Any
 import lance
 
 from idem import manifest, schema, storage
-from pipelines import examples, report, runs, table
+from pipelines import examples, report, report_page, runs, table
 from pipelines.revise import Places, Revised, revise_fragment, revise_unit
 from pipelines.stage import Staged, Staging
 from pipelines.verdicts import FAMILIES, Outcome, Work, resolve_bucket
@@ -234,7 +234,7 @@ def finish_all(items: str) -> tuple[str, ...]:
 def save_report(folder: str, figures: Mapping[str, Any], times: Sequence[Mapping[str, Any]], rejects: str, fragments: Sequence[str]) -> str:
     """Write report.html; returns where."""
     shown = examples.read(rejects, fragments, figures.get("by_reason", {}))
-    page = report.page(figures, [report.SourceTime(**source) for source in times], shown)
+    page = report_page.page(figures, [report.SourceTime(**source) for source in times], shown)
     uri = storage.join(folder, "report.html")
     storage.write_bytes(uri, page.encode())
     return uri

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from idem import config, job, manifest, schema, storage
 from pipelines import ingest, publish, rejects, replayed, runs, table
+from pipelines.reading.sources import Reading, SourcePlan
 from pipelines.records import TEXTS
-from pipelines.sources import Reading, SourcePlan
 
 log = logging.getLogger("replay")
 FIELDS = (*TEXTS, "mime", "deleted", "image", "image_ref", schema.ATTRIBUTES)

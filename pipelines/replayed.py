@@ -11,8 +11,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from idem import schema, storage
+from pipelines.reading.sources import Unit
 from pipelines.records import BATCH_ROWS, TEXTS, records_schema
-from pipelines.sources import Unit
 
 FORMAT = "replay"  # of a unit: parquet in the form of records, written by `write_units`
 RAW = ("record_unreadable", "source_damaged")  # reasons of rejects whose original is no picture

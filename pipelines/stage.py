@@ -19,10 +19,11 @@ from lance.fragment import write_fragments
 from pydantic import BaseModel, ConfigDict
 
 from idem import schema, storage
-from pipelines import keys, readers, replayed
-from pipelines.fetch import Fetcher
+from pipelines import keys, replayed
 from pipelines.normalize import Limits, Normalised, normalize_records
-from pipelines.sources import Reading, Unit
+from pipelines.reading import readers
+from pipelines.reading.fetch import Fetcher
+from pipelines.reading.sources import Reading, Unit
 from pipelines.text import parse_version
 
 DONE = "done.json"

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idem import storage
-from pipelines.readers import read_unit
+from pipelines.reading.readers import read_unit
+from pipelines.reading.sources import SourcePlan, plan_source
 from pipelines.records import BATCH_ROWS, Columns, records_schema
-from pipelines.sources import SourcePlan, plan_source
 
 FORMATS = ("parquet", "jsonl", "jsonl.gz", "csv", "tsv.gz", "tar", "tar.gz", "arrow", "arrow_file", "lance")
 Rows = Sequence[dict[str, Any]]

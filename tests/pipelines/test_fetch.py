@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from idem import storage
-from pipelines.fetch import Fetcher
+from pipelines.reading.fetch import Fetcher
 from pipelines.records import RECORDS, TEXTS
 from tests.pipelines.conftest import S3Server, serving
 

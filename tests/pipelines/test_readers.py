@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idem import images, storage, streams
-from pipelines import lines, readers, typed
-from pipelines.fetch import Fetcher
+from pipelines.reading import lines, readers, typed
+from pipelines.reading.fetch import Fetcher
+from pipelines.reading.sources import plan_source
 from pipelines.records import BATCH_ROWS, Columns
-from pipelines.sources import plan_source
 from tests.pipelines.conftest import S3Server
 from tests.pipelines.formats import FORMATS, csv_bytes, read_plan, read_source, tar_bytes, upload, write_rows
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pipelines import normalize, report
+from pipelines import normalize, report, report_page, thumbnails
 from pipelines.report import Example, SourceTime
 
 FULL = {
@@ -106,7 +106,7 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize("name", FIGURES)
 def test_table_and_page_show_whatever_is_there(name):
     figures = FIGURES[name]
-    told, page = report.table(figures, SOURCES if name == "full" else []), report.page(figures, SOURCES, [example()])
+    told, page = report.table(figures, SOURCES if name == "full" else []), report_page.page(figures, SOURCES, [example()])
     assert told.splitlines()[0] == report.verdict(figures)
     assert not re.search(r"\bNone\b(?! of)", told)
     assert not any(line != line.rstrip() for line in told.splitlines())
@@ -157,24 +157,24 @@ def test_the_verdict_is_one_sentence(figures, sentence):
 
 def test_a_run_that_was_refused_says_why():
     refused = {**ALL_REJECTED, "error": "3 of 3 <b>records</b> cannot be used; at most 5 % may be"}
-    assert "3 of 3 &lt;b&gt;records&lt;/b&gt; cannot be used; at most 5 % may be" in report.page(refused, [], [])
+    assert "3 of 3 &lt;b&gt;records&lt;/b&gt; cannot be used; at most 5 % may be" in report_page.page(refused, [], [])
     assert refused["error"] in report.table(refused, [])
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_bar_adds_up_to_the_records_read(name):
     figures = FIGURES[name]
-    shown = [int(count) for count in re.findall(r"flex-grow:(\d+)", report.page(figures, [], []))]
+    shown = [int(count) for count in re.findall(r"flex-grow:(\d+)", report_page.page(figures, [], []))]
     assert sum(shown) == sum(part.count for part in report.parts(figures)) == figures.get("rows", 0)
 
 
 def test_books_that_do_not_balance_are_told():
-    assert "unaccounted" not in report.page(FULL, [], []).partition("</style>")[2]
+    assert "unaccounted" not in report_page.page(FULL, [], []).partition("</style>")[2]
     lost = {**FULL, "rejected": 800}
     assert [part.count for part in report.parts(lost) if part.key == "unaccounted"] == [48]
     assert "unaccounted for" in report.table(lost, [])
     doubled = {**FULL, "unchanged": 177_500}
-    assert "these are 240,100 of 240,000 records read" in report.page(doubled, [], [])
+    assert "these are 240,100 of 240,000 records read" in report_page.page(doubled, [], [])
 
 
 def test_new_and_updated_are_told_apart_only_where_they_make_up_what_was_committed():
@@ -205,7 +205,7 @@ def test_what_strangers_wrote_is_shown_and_does_nothing():
     svg = b'<svg xmlns="x" onload="alert(3)"><script>alert(4)</script></svg>'
     figures = {**FULL, "source": NASTY, "run": NASTY, "not_read": [NASTY], "by_reason": {NASTY: 848}}
     shown = [example(NASTY, message=NASTY, source_file=NASTY, item_id=NASTY, record=NASTY, original=svg)]
-    page = report.page(figures, [SourceTime(name=NASTY, rows=1, bytes=1, seconds=1.0)], shown)
+    page = report_page.page(figures, [SourceTime(name=NASTY, rows=1, bytes=1, seconds=1.0)], shown)
     tags = Tags(page)
     assert {"script", "svg"} & set(tags.found) == set()
     assert tags.found.count("img") == 0
@@ -220,8 +220,8 @@ def test_what_strangers_wrote_is_shown_and_does_nothing():
 
 
 def test_every_reason_is_explained_and_has_some_examples():
-    page = report.page(FULL, [], [example(source_row=row) for row in range(30)] + [example("unheard_of")])
-    assert page.count('class="card"') == report.EXAMPLES
+    page = report_page.page(FULL, [], [example(source_row=row) for row in range(30)] + [example("unheard_of")])
+    assert page.count('class="card"') == report_page.EXAMPLES
     assert "6 of 784" in page
     assert "61, none shown" in page
     assert normalize.REASONS["missing_id"] in page
@@ -231,12 +231,12 @@ def test_every_reason_is_explained_and_has_some_examples():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
 def test_a_truncated_picture_is_shown_as_far_as_it_goes(kind):
     data = encoded(kind, interlace=0)
-    seen = report.look(data[: len(data) // 2])
+    seen = thumbnails.look(data[: len(data) // 2])
     assert seen.url
     assert seen.told.startswith(f"{kind} 320 x 240, ")
     assert seen.told.endswith("decoded in part")
     shown = thumbnail(seen)
-    whole = thumbnail(report.look(data))
+    whole = thumbnail(thumbnails.look(data))
     assert shown.shape == whole.shape == (132, 176, 3)
     assert np.abs(shown[:30] - whole[:30]).mean() < 3
     assert np.abs(shown[-30:] - 160).mean() < 15, "grey, not black"
@@ -261,17 +261,17 @@ def thumbnail(seen):
     ],
 )
 def test_what_is_no_picture_is_shown_as_bytes(original, told):
-    seen = report.look(original)
+    seen = thumbnails.look(original)
     assert seen.url is None
     assert told in seen.told
-    page = report.page(ALL_REJECTED, [], [example("image_empty", original=original)])
+    page = report_page.page(ALL_REJECTED, [], [example("image_empty", original=original)])
     assert '<pre class="tile">' in page
     assert "<img" not in page
 
 
 def test_a_hex_dump_shows_the_first_bytes_and_what_is_printable():
-    assert report.hexdump(b"\x89PNG\r\n\x1a\nAB") == "89 50 4e 47 0d 0a 1a 0a  .PNG....\n41 42                    AB"
-    assert len(report.hexdump(bytes(10_000)).splitlines()) == 8
+    assert thumbnails.hexdump(b"\x89PNG\r\n\x1a\nAB") == "89 50 4e 47 0d 0a 1a 0a  .PNG....\n41 42                    AB"
+    assert len(thumbnails.hexdump(bytes(10_000)).splitlines()) == 8
 
 
 HUGE = {
@@ -296,10 +296,10 @@ def test_a_huge_picture_does_not_cost_memory(name, monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", noted)
     tracemalloc.start()
-    seen = report.look(original)
+    seen = thumbnails.look(original)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(held, default=0) <= report.DECODED
+    assert max(held, default=0) <= thumbnails.DECODED
     assert peak < 20e6
     assert bool(seen.url) == (name in ("jpeg at the limit", "progressive jpeg"))
 
@@ -317,7 +317,7 @@ def test_a_page_has_an_upper_size():
     ]
     sources = [SourceTime(name=long, rows=1, bytes=1, seconds=1.0)] * 100
     figures = {**FULL, "by_reason": reasons, "rejected": 200_000, "source": long, "not_read": [long] * 1000}
-    page = report.page(figures, sources, shown)
+    page = report_page.page(figures, sources, shown)
     assert 2e6 < len(page.encode()) < 3e6
     assert "160 other reasons" in page
     sections = re.findall(r"<section.*?</section>", page)
@@ -328,8 +328,8 @@ def test_a_page_has_an_upper_size():
 
 def test_where_the_time_went():
     assert [source.name for source in report.slowest(SOURCES)][:2] == ["part-07.parquet", "part-00.parquet"]
-    page = report.page(FULL, SOURCES, [])
+    page = report_page.page(FULL, SOURCES, [])
     assert "0.35 x" in page  # 16 of 46 seconds
     assert "1,250 rows/s" in page
     assert "12.5 MB/s" in page
-    report.page(FULL, [SourceTime(name="a", rows=0, bytes=0, seconds=0.0)], [])
+    report_page.page(FULL, [SourceTime(name="a", rows=0, bytes=0, seconds=0.0)], [])

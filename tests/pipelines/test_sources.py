@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from idem import storage
+from pipelines.reading.sources import plan_source
 from pipelines.records import Columns
-from pipelines.sources import plan_source
 from tests.pipelines.conftest import S3Server
 from tests.pipelines.formats import FORMATS, csv_bytes, read_plan, read_source, tar_bytes, upload, write_rows
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.csv
 
 from idem import storage
-from pipelines import lines, samples, typed
-from pipelines.fields import clean_all, is_any
+from pipelines.reading import lines, samples, typed
+from pipelines.reading.fields import clean_all, is_any
+from pipelines.reading.units import SourceFile, Unit, is_gzip
 from pipelines.records import Columns
-from pipelines.units import SourceFile, Unit, is_gzip
 
 HEAD_BYTES = 1_000_000
 

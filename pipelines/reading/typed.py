@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idem import storage, streams
-from pipelines.fields import STRING, is_any
+from pipelines.reading.fields import STRING, is_any
 from pipelines.records import BATCH_ROWS
 
 DAMAGE = (OSError, pa.ArrowException)  # Unreachable, an OSError as well, is to be let through first

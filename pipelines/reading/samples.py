@@ -6,10 +6,10 @@ from contextlib import closing
 from typing import IO, Any
 
 from idem import images
-from pipelines import lines
-from pipelines.fields import Fault, Row
+from pipelines.reading import lines
+from pipelines.reading.fields import Fault, Row
+from pipelines.reading.units import PICTURES
 from pipelines.records import Columns
-from pipelines.units import PICTURES
 
 KEY = "__key__"
 DAMAGE = (*lines.DAMAGE, tarfile.TarError)

@@ -13,11 +13,11 @@ from typing import TypeVar
 import pyarrow as pa
 
 from idem import schema, storage
-from pipelines import fields, lines, samples, typed
-from pipelines.attributes import ATTRIBUTES, load_attributes
-from pipelines.fields import Fault, Fields, Row
+from pipelines.reading import fields, lines, samples, typed
+from pipelines.reading.attributes import ATTRIBUTES, load_attributes
+from pipelines.reading.fields import Fault, Fields, Row
+from pipelines.reading.units import Reading, Unit
 from pipelines.records import BATCH_ROWS, TEXTS, Columns, records_schema
-from pipelines.units import Reading, Unit
 
 T = TypeVar("T")
 PACK_BYTES = 64 << 20

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from idem import storage
-from pipelines import lines, typed
-from pipelines.fields import text, texts
+from pipelines.reading import lines, typed
+from pipelines.reading.fields import text, texts
+from pipelines.reading.units import format_of
 from pipelines.records import Columns
-from pipelines.units import format_of
 
 ATTRIBUTES = ("title", "family_id", "coarse", "category", "group", "id_split")
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.fs
 
 from idem import storage
-from pipelines.attributes import is_unique
-from pipelines.fields import is_image
-from pipelines.heads import Head, kept_type, look, units_of
+from pipelines.reading.attributes import is_unique
+from pipelines.reading.fields import is_image
+from pipelines.reading.heads import Head, kept_type, look, units_of
+from pipelines.reading.units import ALLOWED, FORMATS, TABLES, Reading, SourceFile, SourcePlan, Unit, format_of
 from pipelines.records import Columns
-from pipelines.units import ALLOWED, FORMATS, TABLES, Reading, SourceFile, SourcePlan, Unit, format_of
 
 __all__ = ["Reading", "SourceFile", "SourcePlan", "Unit", "plan_source"]
 

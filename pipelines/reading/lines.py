@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from idem import streams
-from pipelines.units import is_gzip
+from pipelines.reading.units import is_gzip
 
 MAX_RECORD = 16 << 20  # bytes: an open quote could swallow the file
 BOM = b"\xef\xbb\xbf"
