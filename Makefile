@@ -24,6 +24,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+export LANCE_LOG := error
 
 python := .venv/bin/python
 checksum = $(firstword $(shell cat $(1) | cksum))

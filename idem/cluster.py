@@ -15,6 +15,7 @@ def connect(*, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it says that we show our own progress
     # Whoever may read a bucket here may read it on the workers.
     runtime_env = {"env_vars": {**WORKER_ENV, **{name: value for name, value in os.environ.items() if name.startswith("AWS_")}}}
     with warnings.catch_warnings():

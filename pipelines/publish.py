@@ -123,6 +123,8 @@ def _figures(job: Job, decided: Decided) -> dict[str, Any]:
     figures = {
         **job.figures,
         "committed": committed,
+        "duplicates": 0,
+        "near_duplicates": 0,
         **decided.counts,
         "deleted": sum(unit.deleted for unit in job.units),
         "rejected": sum(reasons.values()),

@@ -90,8 +90,8 @@ def create(uri: str, schema: pa.Schema) -> lance.LanceDataset:
     if not found.schema.remove_metadata().equals(schema):
         differ = sorted({f.name for f in set(found.schema) ^ set(schema)})
         raise ValueError(
-            f"the table {uri} holds other columns than this run gives: they differ in {', '.join(differ)}. "
-            f"It has {found.schema.remove_metadata().to_string(truncate_metadata=True)!r}; use another root, or the same kept columns"
+            f"the table {uri} holds other columns than this run gives: they differ in {', '.join(differ)}. It keeps the attributes of its "
+            f"first run (ingest.attributes), and tables of an earlier version of Idem must be made anew (another root; make demo FRESH=1)"
         )
     return found
 

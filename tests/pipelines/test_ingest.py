@@ -15,6 +15,7 @@ from idem import job, manifest, schema, storage
 from pipelines import ingest, runs, table
 from pipelines.items import Items, open_items
 from pipelines.rejects import open_rejects
+from tests.pipelines import hostile
 
 ROWS = 60
 BAD = {3: "image_undecodable", 10: "missing_id", 2: "superseded", 31: "image_empty", 45: "empty_record", 59: "missing_id"}
@@ -364,3 +365,28 @@ def test_the_command_line(settings: ingest.IngestConfig, figures: dict, tmp_path
     missing = ["--set", "ingest.columns.image=photo"]
     assert job.main("pipelines.ingest", "ingest", ingest.IngestConfig, ingest.run, [str(run_file), *missing]) == 2
     assert "no file in" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_hostile_records_all_end_somewhere(ray_session: None, tmp_path: Path) -> None:
+    """Through the whole job: each is one item, one reject or a tombstone, and the report shows the rejects."""
+    cases = [case for case in hostile.hostile_cases() if not case.record["fault"]]  # those are found by readers
+    names = ("product_id", "title", "lang", "version", "deleted", "mime", "image", "family_id", "category")
+    rows = []
+    for number, case in enumerate(cases):
+        item_id = case.record["item_id"]
+        rows.append({"image_id": f"h{number:03}" if item_id == "i1" else item_id, **{name: case.record[name] for name in names}})
+    columns = pa.schema([("image_id", pa.string()), *((name, pa.string()) for name in names if name not in ("deleted", "image"))])
+    columns = columns.append(pa.field("deleted", pa.bool_())).append(pa.field("image", pa.large_binary()))
+    pq.write_table(pa.Table.from_pylist(rows, schema=columns), tmp_path / "hostile.parquet", row_group_size=16)
+    told = ingest.run(ingest.IngestConfig(root=str(tmp_path), source=str(tmp_path / "hostile.parquet"), max_side=64, max_reject_fraction=1))
+    kept = {r["source_row"] for r in opened(tmp_path).table(["source_row"]).to_pylist()}
+    aside = {r["source_row"]: r["reason"] for r in open_rejects(storage.Layout(str(tmp_path)).items).light.to_pylist()}
+    gone = {row for row, case in enumerate(cases) if case.reason == "deleted"}
+    assert len(cases) >= 100
+    assert not kept & aside.keys()
+    assert kept | aside.keys() | gone == set(range(len(cases)))
+    assert {row: case.reason for row, case in enumerate(cases) if case.reason not in ("", "deleted")}.items() <= aside.items()
+    assert (told["committed"], told["rejected"], told["deleted"]) == (len(kept), len(aside), len(gone))
+    page = Path(runs.folder_of(storage.Layout(str(tmp_path)).items, told["run"]), "report.html").read_text()
+    assert "image_undecodable" in page
+    assert len(page) < 3_000_000
