@@ -17,7 +17,7 @@ def connect(*, num_cpus: int | None = None) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it says that we show our own progress
     # Whoever may read a bucket here may read it on the workers.
-    runtime_env = {"env_vars": {**WORKER_ENV, **{name: value for name, value in os.environ.items() if name.startswith("AWS_")}}}
+    runtime_env = {"env_vars": {**WORKER_ENV, **{name: value for name, value in os.environ.items() if name.startswith(("AWS_", "IDEM_"))}}}
     with warnings.catch_warnings():
         # Lance warns of every fork. Those of ray.init are followed by exec at once, so nothing of Lance runs in the child.
         warnings.filterwarnings("ignore", "lance is not fork-safe")

@@ -26,6 +26,7 @@ ITEMS = pa.schema(
         pa.field("record_hash", pa.string()),  # of all that the record said, to tell an update from a repeat
         pa.field("duplicate_of", pa.string()),  # the item that had the same content_hash first
         pa.field("near_duplicate_of", pa.string()),  # the item whose picture looked the same first
+        pa.field("run", pa.string()),  # the ingest that brought this record
     ]
 )
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -84,6 +84,7 @@ class Budget:
     allowed: float
     source: str
     rows: int  # as far as they are known before
+    first: bool  # nothing was published yet: then something must be
 
     def spent(self, reasons: Mapping[str, int], rows: int) -> int:
         """How many records were set aside against the source, if that is more than is allowed of `rows`; else 0."""
@@ -94,12 +95,12 @@ class Budget:
         """ValueError where the figures of a run are over it, or nothing is left."""
         reasons, rows = figures["by_reason"], max(figures["rows"], self.rows)
         over = self.spent(reasons, rows)
-        if not over and (not rows or figures["committed"] + figures["unchanged"] + figures["deleted"]):
+        if not over and (not self.first or figures["committed"]):
             return
         told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
         raise ValueError(
             f"{over or sum(reasons.values()):,} of {rows:,} records of {self.source} cannot be used ({told}); at most "
-            f"{self.allowed:.0%} may be (ingest.max_reject_fraction) and one must remain. Nothing was published"
+            f"{self.allowed:.0%} may be (ingest.max_reject_fraction), and of a first load one must remain. Nothing was published"
         )
 
 
@@ -171,50 +172,62 @@ def _rates(figures: Mapping[str, Any], seconds: float, watch: MemoryWatch) -> di
     }
 
 
-def ingest(settings: IngestConfig, plan: SourcePlan, run: str, taken: Mapping[str, str], closing: pa.Table | None = None) -> dict[str, Any]:
+def ingest(settings: IngestConfig, plan: SourcePlan, run: str, files: runs.Files, closing: pa.Table | None = None) -> dict[str, Any]:
     """Stage the plan's units, publish them as `run`, and finish.
 
-    `taken`: the source files it takes in, name by fingerprint; closing: rows of REJECTS that say which of these it takes up.
+    files: what it takes in; closing: rows of REJECTS that say which of these it takes up.
     """
     start = time.perf_counter()
+    items = storage.Layout(settings.root).items
     staging = _staging(settings, plan, run)
-    with runs.held(staging.folder), MemoryWatch(MEMORY_EVERY_S) as watch:
-        if removed := runs.sweep(storage.Layout(settings.root).items):
+    with runs.held(staging.folder) as hold, MemoryWatch(MEMORY_EVERY_S) as watch:
+        if removed := runs.sweep(items):
             log.info("%d files that an earlier run left behind were removed", removed)
         storage.require_free(staging.items, plan.bytes + plan.bytes // 2)
-        table.create(staging.items, schema.items(plan.reading.kept))
+        first = table.id_of(table.create(staging.items, schema.items(plan.reading.kept))) is None
         table.create(staging.rejects, schema.REJECTS)
-        runs.note_files(staging.folder, runs.Files(settings=settings.identity(), source=plan.uri, files=dict(taken)))
+        runs.note_files(staging.folder, files)
         cluster.connect()
-        budget = Budget(settings.max_reject_fraction, plan.uri, plan.rows)
+        budget = Budget(settings.max_reject_fraction, plan.uri, plan.rows, first)
         units = _stage_all(plan, staging, budget)
         figures = _staged_figures(plan, units, run)
-        figures |= _rates(figures, time.perf_counter() - start, watch)
         check = _checks(budget, staging, publish.sources(units))
         if len(units) < len(plan.units):
             _refuse(check, figures, units)
         closed, _ = stage.write([closing] if closing else [], schema.REJECTS, staging.rejects)
-        told = {"near_distance": settings.near_distance, "figures": figures, "check": check, "closing": closed}
+        told = {"near_distance": settings.near_distance, "figures": figures, "check": check, "hold": hold, "closing": closed}
         log.info("%d records read; looking for records of one item, product or picture", figures["rows"])
         publish.commit(publish.Job(staging=staging, units=units, **told))
-        return publish.finish(storage.Layout(settings.root).items, run)
+        return publish.finish(items, run, lambda known: _rates(known, time.perf_counter() - start, watch))
 
 
 def _show(figures: Mapping[str, Any], items: str) -> None:
     folder = runs.folder_of(items, figures["run"])
-    noted = runs.commit_of(folder)
+    noted = publish.note_of(items, figures["run"])
     print(report.table(figures, [report.SourceTime(**told) for told in noted.sources] if noted else []), file=sys.stderr)  # noqa: T201
     print(f"report   {storage.join(folder, 'report.html')}", file=sys.stderr)  # noqa: T201
 
 
+def source_of(settings: IngestConfig) -> str:
+    """The URI of the source; without one in the settings, the shop that pipelines.catalog drew last."""
+    return settings.source or storage.join(manifest.current(storage.Layout(settings.root).catalog, kind="catalog"), "records.parquet")
+
+
+def _as_kept(plan: SourcePlan, items: str) -> SourcePlan:
+    """With the types that the table keeps its attributes in, where it keeps these: a later file may be guessed otherwise."""
+    there = table.kept_type(storage.join(items, table.ITEMS))
+    if not there or not plan.reading.kept or {f.name for f in there} != {f.name for f in plan.reading.kept}:
+        return plan
+    return replace(plan, reading=replace(plan.reading, kept=there))
+
+
 def run(settings: IngestConfig) -> dict[str, Any]:
     """Ingest what the items do not hold yet; gives the figures. ValueError for a source that cannot be used; then nothing is published."""
-    layout = storage.Layout(settings.root)
-    source = settings.source or storage.join(manifest.current(layout.catalog, kind="catalog"), "records.parquet")
+    layout, source = storage.Layout(settings.root), source_of(settings)
     applied = publish.finish_all(layout.items)
     done = runs.taken_in(layout.items, applied, settings.identity())
     told = {"format": settings.format, "keep": settings.attributes, "images": settings.image_folder, "unit_rows": settings.unit_rows}
-    plan = plan_source(source, settings.columns, done=done, **told)
+    plan = _as_kept(plan_source(source, settings.columns, done=done, **told), layout.items)
     for name in plan.not_read:
         log.info("%s is not read: it has neither pictures nor one row a product", name)
     taken = {file.fingerprint: file.name for file in plan.files if file.fingerprint not in done}
@@ -222,8 +235,8 @@ def run(settings: IngestConfig) -> dict[str, Any]:
         log.info("nothing new in %s: its %d files are in the items already", source, len(plan.files))
         return {**runs.last_figures(layout.items, applied, settings.identity()), "skipped": True}
     number = manifest.fingerprint("ingest", {"settings": settings.identity()}, {name: finger for finger, name in taken.items()})
-    runs.forget(runs.folder_of(layout.items, number), applied, number)
-    figures = ingest(settings, plan, number, taken)
+    files = runs.Files(settings=settings.identity(), source=source, files=taken, images=plan.reading.images)
+    figures = ingest(settings, plan, runs.name_of(layout.items, number, applied), files)
     _show(figures, layout.items)
     return figures
 

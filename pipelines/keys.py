@@ -48,6 +48,8 @@ PICTURES = pa.schema(
     ]
 )
 
+SCHEMAS = {"ids": IDS, "products": PRODUCTS, "pictures": PICTURES}
+
 
 def bucket_count(rows: int) -> int:
     return int(np.clip(-(-rows // BUCKET_KEYS), 2, MAX_BUCKETS))

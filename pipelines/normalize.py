@@ -122,7 +122,7 @@ def _is_tombstone(record: Mapping[str, Any], item_id: str) -> bool:
     return bool(record["deleted"]) and standing and id_fault("item_id", item_id) is None
 
 
-def _item(record: Mapping[str, Any], texts: dict[str, Any], picture: Picture | None, unseen_fraction: float) -> dict[str, Any]:
+def _item(record: Mapping[str, Any], texts: dict[str, Any], picture: Picture | None, unseen_fraction: float, run: str) -> dict[str, Any]:
     data = picture.data if picture else None
     told = {name: clean(record[name], MAX_TEXT) for name in rows.SETTLED}
     family, id_split = rows.family_and_split(texts["product_id"], told, unseen_fraction)
@@ -143,6 +143,7 @@ def _item(record: Mapping[str, Any], texts: dict[str, Any], picture: Picture | N
         "record_hash": hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest(),
         "duplicate_of": None,
         "near_duplicate_of": None,
+        "run": run,
     }
 
 
@@ -172,7 +173,7 @@ def _reject(record: Mapping[str, Any], reason: str, message: str, run: str) -> d
     }
 
 
-def _judged(record: Mapping[str, Any], item_id: str, limits: Limits) -> dict[str, Any] | tuple[str, str]:
+def _judged(record: Mapping[str, Any], item_id: str, limits: Limits, run: str) -> dict[str, Any] | tuple[str, str]:
     """The item, or reason and message of a reject."""
     if record["fault"]:
         return record["fault"], record["fault_message"] or REASONS.get(record["fault"], "")
@@ -200,7 +201,7 @@ def _judged(record: Mapping[str, Any], item_id: str, limits: Limits) -> dict[str
         "version": version,
         **{name: clean(record[name], MAX_TEXT) for name in CLEANED},
     }
-    return _item(record, texts, picture, limits.unseen_fraction)
+    return _item(record, texts, picture, limits.unseen_fraction, run)
 
 
 def normalize_record(record: Mapping[str, Any], limits: Limits, run: str = "") -> dict[str, dict[str, Any] | None]:
@@ -209,7 +210,7 @@ def normalize_record(record: Mapping[str, Any], limits: Limits, run: str = "") -
     item_id = record["item_id"].strip()
     if _is_tombstone(record, item_id):
         return {"item": None, "reject": None}
-    outcome = _judged(record, item_id, limits)
+    outcome = _judged(record, item_id, limits, run)
     if isinstance(outcome, tuple):
         return {"item": None, "reject": _reject(record, *outcome, run)}
     return {"item": outcome, "reject": None}

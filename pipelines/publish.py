@@ -24,6 +24,7 @@ from pipelines.workers import each
 
 log = logging.getLogger("ingest")
 ATTEMPTS = 20  # other writers may be faster so often
+RECENT = 100  # runs that are looked at for being unfinished
 INDEXED = ("item_id", "product_id", "content_hash", "phash")  # what a later run looks up
 
 
@@ -32,8 +33,8 @@ Check = Callable[[Mapping[str, Any], Sequence[str]], None]  # of the figures, an
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A staged run. units: in the order of the plan; check: raises where the figures forbid to publish; closing: fragments of
-    rows for the rejects that say which of them are taken up by this run.
+    """A staged run. units: in the order of the plan; check: raises where the figures forbid to publish; hold: its lease;
+    closing: fragments of rows for the rejects that say which of them are taken up by this run.
     """
 
     staging: Staging
@@ -41,6 +42,7 @@ class Job:
     near_distance: int
     figures: Mapping[str, Any]
     check: Check
+    hold: runs.Hold
     closing: Sequence[str] = ()
 
 
@@ -139,6 +141,16 @@ def _fragments_of(job: Job, decided: Decided, number: int) -> Sequence[str]:
     return decided.units[number].added if number in decided.units else job.units[number].item_fragments
 
 
+def _decide_at(job: Job, version: int) -> Decided | None:
+    """None where a clean-up removed the version meanwhile: then there is a newer one to decide by."""
+    try:
+        return _decide(job, version)
+    except (ValueError, OSError):
+        if version in {known["version"] for known in table.open_table(job.staging.items).versions()}:
+            raise
+        return None
+
+
 def commit(job: Job) -> None:
     """Make the run part of the items, once. What `job.check` raises stops it with nothing published."""
     staging = job.staging
@@ -146,7 +158,9 @@ def commit(job: Job) -> None:
         items = table.open_table(staging.items)
         if staging.run in table.runs_of(items):
             return  # a twin of ours was faster
-        decided = _decide(job, items.version)
+        decided = _decide_at(job, items.version)
+        if decided is None:
+            continue
         figures = _figures(job, decided)
         rejects = [text for unit in job.units for text in unit.reject_fragments]
         rejects += [text for _, revised in sorted(decided.units.items()) for text in revised.rejects]
@@ -158,10 +172,10 @@ def commit(job: Job) -> None:
             updated=tuple(text for revised in decided.fragments for text in revised.updated),
         )
         replaced = sorted(path for number in decided.units for path in table.files_of(job.units[number].item_fragments))
-        runs.note_commit(
-            staging.folder, runs.Commit(figures=figures, sources=sources(job.units), rejects=[*rejects, *job.closing], replaced=replaced)
-        )
-        if table.swap(items, change, staging.run) is not None:  # a dataset without rows counts as false
+        told = {"figures": figures, "sources": sources(job.units), "rejects": [*rejects, *job.closing], "replaced": replaced}
+        note = runs.note_commit(staging.folder, runs.Commit(**told))
+        job.hold.check()
+        if table.swap(items, change, staging.run, note) is not None:  # a dataset without rows counts as false
             return
         log.info("the commit did not go through (another writer was faster, or no answer came): decided and tried again")
     raise ValueError(f"{staging.items}: other writers were faster {ATTEMPTS} times; run this again when fewer are at work")
@@ -200,18 +214,27 @@ def _add_rejects(uri: str, fragments: Sequence[str], run: str) -> None:
     raise ValueError(f"{uri}: other writers were faster {ATTEMPTS} times; run this again when fewer are at work")
 
 
-def finish(items_folder: str, run: str) -> dict[str, Any]:
-    """Do what is left of a run that the items name as theirs; its figures. Safe to repeat, and to be killed in."""
+def note_of(items_folder: str, run: str) -> runs.Commit | None:
+    """What a run that the items name as theirs had to do at its commit; None where that is not known any more."""
+    notes = table.notes_of(table.open_table(storage.join(items_folder, table.ITEMS)))
+    return runs.commit_of(runs.folder_of(items_folder, run), notes.get(run, ""))
+
+
+def finish(items_folder: str, run: str, rates: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}) -> dict[str, Any]:
+    """Do what is left of a run that the items name as theirs; its figures, with what `rates` makes of them.
+
+    Safe to repeat, and to be killed in.
+    """
     folder = runs.folder_of(items_folder, run)
-    noted = runs.commit_of(folder)
+    noted = note_of(items_folder, run)
     if noted is None:
-        raise ValueError(f"{folder} has lost its commit.json: the run {run} is in the items, but its rejects and report are not known")
+        raise ValueError(f"{folder} has lost its notes: the run {run} is in the items, but its rejects and report are not known")
     rejects_uri, items_uri = storage.join(items_folder, table.REJECTS), storage.join(items_folder, table.ITEMS)
     _add_rejects(rejects_uri, noted.rejects, run)
     for path in noted.replaced:
         storage.remove(storage.join(items_uri, path))
     items = index(items_uri)
-    figures = {**noted.figures, "version": items.version, "items": items.count_rows()}
+    figures = {**noted.figures, **rates(noted.figures), "version": items.version, "items": items.count_rows()}
     save_report(folder, figures, noted.sources, rejects_uri, noted.rejects)
     files = runs.files_of(items_folder, run)
     assert files, folder
@@ -224,9 +247,9 @@ def finish_all(items: str) -> tuple[str, ...]:
     """Finish the runs that were killed after their commit; all runs that the items name as theirs."""
     uri = storage.join(items, table.ITEMS)
     applied = table.runs_of(table.open_table(uri)) if table.exists(uri) else ()
-    for run in applied:
+    for run in applied[-RECENT:]:
         folder = runs.folder_of(items, run)
-        if not runs.finished(folder) and runs.commit_of(folder) and not runs.at_work(folder):
+        if not runs.finished(folder) and note_of(items, run) and not runs.at_work(folder):
             log.info("finishing the run %s, which was stopped after its commit", run)
             with runs.held(folder):
                 finish(items, run)

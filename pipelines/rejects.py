@@ -13,7 +13,8 @@ import lance
 import pyarrow as pa
 
 from idem import storage
-from pipelines import runs, table
+from pipelines import runs as folders
+from pipelines import table
 
 REPLAYED = "replayed"  # the reason of a row that closes another: `record` names the run of that one
 LIGHT = ("source_file", "source_row", "item_id", "reason", "message", "run")
@@ -37,7 +38,7 @@ class Rejects:
 
 def _read_again(items: str, applied: Sequence[str]) -> dict[str, set[str]]:
     """For each run, the names of its source files that a later run of the same source read again."""
-    files = {run: runs.files_of(items, run) for run in applied}
+    files = {run: folders.files_of(items, run) for run in applied}
     later: dict[str, set[str]] = {}
     result: dict[str, set[str]] = {}
     for run in reversed(applied):
@@ -59,8 +60,8 @@ def _is_open(row: dict[str, Any], replayed: set[tuple[str, str, int]], again: Ma
     return not taken_up and row["source_file"] not in again.get(row["run"], ())
 
 
-def open_rejects(items: str, reasons: Collection[str] = ()) -> Rejects:
-    """The open rejects of the newest items at `items` (Layout.items); of these reasons alone, where some are given.
+def open_rejects(items: str, reasons: Collection[str] = (), runs: Collection[str] | None = None) -> Rejects:
+    """The open rejects of the newest items at `items` (Layout.items); of these reasons and these runs alone, where some are given.
 
     Holds what LIGHT names of each in memory. ValueError where nothing was published yet.
     """
@@ -69,7 +70,8 @@ def open_rejects(items: str, reasons: Collection[str] = ()) -> Rejects:
         raise ValueError(f"no rejects at {items}: nothing was ingested there yet")
     applied = table.runs_of(table.open_table(storage.join(items, table.ITEMS)))
     dataset = table.open_table(uri)
-    mine = f"run IN ({', '.join(repr(run) for run in applied)})" if applied else "false"
+    asked = [run for run in applied if runs is None or run in runs]
+    mine = f"run IN ({', '.join(map(repr, asked))})" if asked else "false"
     wanted = f"{mine} AND reason <> '{REPLAYED}'"
     found = dataset.scanner(columns=list(LIGHT), filter=wanted, with_row_address=True, scan_in_order=True).to_table()
     light, replayed, again = found.select(list(LIGHT)), _replayed(dataset, mine), _read_again(items, applied)

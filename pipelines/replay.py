@@ -1,12 +1,12 @@
 """Put rejects through again: repaired ones, or all that a changed limit allows now. Those that pass become items, the others stay.
 
-`[ingest]` of the run file says how, as for the ingest itself; `[replay]` says which.
+`[ingest]` of the run file says how, as for the ingest itself, and of which source; `[replay]` says which of its rejects.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from pipelines.records import TEXTS
 log = logging.getLogger("replay")
 FIELDS = (*TEXTS, "mime", "deleted", "image", "image_ref", schema.ATTRIBUTES)
 DECIDED = ("duplicate_id", "superseded")  # they lost to another record, and would win now as the last to come
+IDS_A_LOOK = 1000
 UNIT_ROWS = 512
 READERS = {"parquet": pq.read_table, "jsonl": pyarrow.json.read_json, "csv": pyarrow.csv.read_csv}
 
@@ -47,16 +48,39 @@ def _read_repairs(uri: str) -> replayed.Repairs:
 
 
 def choose(
-    light: Sequence[Mapping[str, Any]], repairs: replayed.Repairs, reasons: Sequence[str], settings_of: Mapping[str, str], now: str
+    light: Sequence[Mapping[str, Any]],
+    repairs: replayed.Repairs,
+    reasons: Sequence[str],
+    settings_of: Mapping[str, str],
+    now: str,
+    newer: Collection[int] = (),
 ) -> list[int]:
-    """Places of the open rejects to put through again. settings_of: by run, what it was read with; `now`: what is asked for."""
+    """Places of the open rejects to put through again. settings_of: by run, what it was read with; `now`: what is asked for.
+
+    newer: places of those whose item a later run brought: yesterday's record must not go over today's, unless it was mended.
+    """
     chosen = []
     for place, row in enumerate(light):
         mended = (row["source_file"], row["source_row"]) in repairs
-        otherwise = row["reason"] not in (*DECIDED, *replayed.RAW) and settings_of.get(row["run"]) != now
+        otherwise = row["reason"] not in (*DECIDED, *replayed.RAW) and settings_of.get(row["run"]) != now and place not in newer
         if mended or row["reason"] in reasons or (not reasons and otherwise):
             chosen.append(place)
     return chosen
+
+
+def _newer(light: Sequence[Mapping[str, Any]], uri: str) -> set[int]:
+    """Places of the rejects whose item the table holds from a later run than theirs."""
+    items = table.open_table(uri)
+    order = {run: place for place, run in enumerate(table.runs_of(items))}
+    found: set[int] = set()
+    for start in range(0, len(light), IDS_A_LOOK):
+        some = {place: light[place] for place in range(start, min(start + IDS_A_LOOK, len(light))) if light[place]["item_id"]}
+        if some:
+            ids = ", ".join("'" + row["item_id"].replace("'", "''") + "'" for row in some.values())
+            held = items.to_table(columns=["item_id", "run"], filter=f"item_id IN ({ids})").to_pylist()
+            run_of = {row["item_id"]: order.get(row["run"], -1) for row in held}
+            found |= {place for place, row in some.items() if run_of.get(row["item_id"], -1) > order.get(row["run"], -1)}
+    return found
 
 
 def _closing(light: Sequence[Mapping[str, Any]], run: str) -> pa.Table:
@@ -85,25 +109,32 @@ def run(settings: ReplayConfig, how: ingest.IngestConfig) -> dict[str, Any]:
     """Replay; returns the figures of the run. ValueError for repairs that fit no open reject."""
     items = storage.Layout(settings.root).items
     applied = publish.finish_all(items)
-    opened = rejects.open_rejects(items)
+    source = ingest.source_of(how)
+    files = {run: found for run in applied if (found := runs.files_of(items, run)) and found.source == source}
+    opened = rejects.open_rejects(items, runs=files)
     light = opened.light.to_pylist()
     repairs = _read_repairs(settings.repaired)
     _unknown(light, repairs)
-    files = {run: runs.files_of(items, run) for run in applied}
-    settings_of = {run: found.settings for run, found in files.items() if found}
-    chosen = choose(light, repairs, settings.reasons, settings_of, how.identity())
+    settings_of = {run: found.settings for run, found in files.items()}
+    newer = _newer(light, storage.join(items, table.ITEMS))
+    chosen = choose(light, repairs, settings.reasons, settings_of, how.identity(), newer)
     if not chosen:
-        log.info("none of the %d open rejects would turn out otherwise: change a limit, repair some, or name reasons", len(light))
+        log.info(
+            "none of the %d open rejects of %s would turn out otherwise: change a limit, repair some, or name reasons", len(light), source
+        )
         return {"replayed": 0, "open": len(light), "skipped": True}
     keys = [[light[place][name] for name in ("run", "source_file", "source_row")] for place in chosen]
-    number = manifest.fingerprint("replay", {"settings": how.identity()}, {"rejects": repr(keys), "repairs": repr(sorted(repairs.items()))})
-    kept_table = table.open_table(storage.join(items, table.ITEMS)).schema
-    kept = kept_table.field(schema.ATTRIBUTES).type if schema.ATTRIBUTES in kept_table.names else None
+    wanted = manifest.fingerprint("replay", {"settings": how.identity()}, {"rejects": repr(keys), "repairs": repr(sorted(repairs.items()))})
+    number = runs.name_of(items, wanted, applied)
+    kept = table.kept_type(storage.join(items, table.ITEMS))
+    images = how.image_folder or files[light[chosen[0]]["run"]].images
     units = replayed.write_units(runs.folder_of(items, number), opened.batches(chosen, UNIT_ROWS), repairs, kept)
-    reading = Reading(columns=how.columns, attributes=(), kept=kept, images=how.image_folder or how.source)
+    reading = Reading(columns=how.columns, attributes=(), kept=kept, images=images)
     plan = SourcePlan(uri=f"rejects of {items}", reading=reading, files=(), units=tuple(units), not_read=())
-    figures = ingest.ingest(how, plan, number, {}, closing=_closing([light[place] for place in chosen], number))
-    left = len(rejects.open_rejects(items).addresses)
+    taken = runs.Files(settings=how.identity(), source=source, files={}, images=images)
+    free = how.model_copy(update={"max_reject_fraction": 1.0})  # they were counted once
+    figures = ingest.ingest(free, plan, number, taken, closing=_closing([light[place] for place in chosen], number))
+    left = len(rejects.open_rejects(items, runs=[*files, number]).addresses)
     return {**figures, "replayed": len(chosen), "open": left}
 
 

@@ -32,6 +32,7 @@ NOT_TOLD = (
     "source_row",
     "duplicate_of",
     "near_duplicate_of",
+    "run",
 )
 
 Places = Sequence[tuple[str, int]]  # of verdicts: a file, and the number of a batch in it

@@ -1,10 +1,12 @@
 """The folder of each ingest, <items>/runs/<id>/: who is at it, what it read, and what remains when it is done.
 
 lease.json says which process works on a run, and is renewed while it does; files.json which source files it takes in;
-units/ and verdicts/ are its work, removed at the end; manifest.json, written last, says that it is finished.
+commits/ what each try to commit would leave to do; units/ and verdicts/ are its work, removed at the end; manifest.json,
+written last, says that it is finished.
 """
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -18,10 +20,12 @@ from pydantic import BaseModel, ConfigDict
 
 from idem import manifest, storage
 from pipelines import table
-from pipelines.stage import DONE, Staged
+from pipelines.stage import Staged, parsed, read_done
 
+NOTES = "commits"
 BEAT_S = 15.0
-SILENT_S = 90.0  # a lease on another machine that was not renewed for so long is void
+SILENT_S = 90.0  # a lease that was not renewed for so long is void
+PAUSED_S = 6 * 3600.0  # yet whoever held it may only have been paused: what it wrote is left alone for so long
 SKEW_S = 300.0  # what the clocks of two machines may differ by
 ABANDONED_S = 7 * 86400.0  # work of a run that was not finished is kept so long, to be gone on with
 
@@ -36,9 +40,10 @@ class Lease(BaseModel):
     started: float
     beat: float
 
-    def alive(self) -> bool:
+    def alive(self, silent_s: float = SILENT_S) -> bool:
+        """Of another machine only the last word is known: it counts for `silent_s`."""
         if self.host != socket.gethostname():
-            return time.time() - self.beat < SILENT_S
+            return time.time() - self.beat < silent_s
         with suppress(psutil.NoSuchProcess):
             return abs(psutil.Process(self.pid).create_time() - self.born) < 1
         return False
@@ -50,7 +55,8 @@ class Files(BaseModel):
     model_config = ConfigDict(frozen=True)
     settings: str
     source: str
-    files: dict[str, str]
+    files: dict[str, str]  # none for a replay
+    images: str = ""  # where relative paths of pictures start
 
 
 class Commit(BaseModel):
@@ -76,8 +82,7 @@ def _list(uri: str) -> list[pyarrow.fs.FileInfo]:
 
 
 def lease_of(folder: str) -> Lease | None:
-    uri = storage.join(folder, "lease.json")
-    return Lease.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    return parsed(Lease, storage.join(folder, "lease.json"))
 
 
 def at_work(folder: str) -> bool:
@@ -86,12 +91,24 @@ def at_work(folder: str) -> bool:
     return lease is not None and lease.alive()
 
 
+class Hold:
+    """A lease that this process holds."""
+
+    renewed = 0.0
+
+    def check(self) -> None:
+        """ValueError where it could not be renewed for so long that others may have taken our files for leftovers."""
+        if (silent := time.time() - self.renewed) > SILENT_S:
+            raise ValueError(f"this run was paused, or could not renew its lease, for {silent:.0f} s: run it again")
+
+
 @contextmanager
-def held(folder: str) -> Iterator[None]:
+def held(folder: str) -> Iterator[Hold]:
     """Hold the lease of a run's folder. ValueError while another process does.
 
     Two that start in the same instant may both hold it: that costs work done twice, and no data, which rest on `table.swap`.
     """
+    hold = Hold()
     if (other := lease_of(folder)) and other.alive():
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(other.started))
         raise ValueError(f"{folder} is being worked on by process {other.pid} on {other.host} since {since}; wait for it, or end it first")
@@ -100,6 +117,7 @@ def held(folder: str) -> Iterator[None]:
     def renew() -> None:
         lease = Lease(host=socket.gethostname(), pid=os.getpid(), born=born, started=started, beat=time.time())
         storage.write_bytes(uri, lease.model_dump_json().encode(), durable=False)
+        hold.renewed = lease.beat
 
     def beat() -> None:
         while not over.wait(BEAT_S):
@@ -110,7 +128,7 @@ def held(folder: str) -> Iterator[None]:
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        yield hold
     finally:
         over.set()
         thread.join()
@@ -122,8 +140,7 @@ def note_files(folder: str, files: Files) -> None:
 
 
 def files_of(items: str, run: str) -> Files | None:
-    uri = storage.join(folder_of(items, run), "files.json")
-    return Files.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    return parsed(Files, storage.join(folder_of(items, run), "files.json"))
 
 
 def taken_in(items: str, applied: Collection[str], settings: str) -> set[str]:
@@ -132,13 +149,15 @@ def taken_in(items: str, applied: Collection[str], settings: str) -> set[str]:
     return {name for files in found if files and files.settings == settings for name in files.files}
 
 
-def note_commit(folder: str, commit: Commit) -> None:
-    storage.write_bytes(storage.join(folder, "commit.json"), commit.model_dump_json().encode())
+def note_commit(folder: str, commit: Commit) -> str:
+    """Write down what a commit will leave to do; the note's name, which the commit is to carry. One that fails leaves it unused."""
+    note = secrets.token_hex(8)
+    storage.write_bytes(storage.join(folder, NOTES, f"{note}.json"), commit.model_dump_json().encode())
+    return note
 
 
-def commit_of(folder: str) -> Commit | None:
-    uri = storage.join(folder, "commit.json")
-    return Commit.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+def commit_of(folder: str, note: str) -> Commit | None:
+    return parsed(Commit, storage.join(folder, NOTES, f"{note}.json"))
 
 
 def finished(folder: str) -> bool:
@@ -147,9 +166,8 @@ def finished(folder: str) -> bool:
 
 def _staged(folder: str) -> Iterator[Staged]:
     for unit in _list(storage.join(folder, "units")):
-        uri = storage.join(folder, "units", unit.base_name, DONE)
-        if storage.exists(uri):
-            yield Staged.model_validate_json(storage.read_bytes(uri))
+        if done := read_done(folder, unit.base_name):
+            yield done
 
 
 def sweep(items: str) -> int:
@@ -163,8 +181,9 @@ def sweep(items: str) -> int:
     for info in _list(storage.join(items, "runs")):
         folder = storage.join(items, "runs", info.base_name)
         lease = lease_of(folder)
-        if lease and lease.alive():
-            oldest = min(oldest, lease.started - (0 if lease.host == socket.gethostname() else SKEW_S))
+        if lease and lease.alive(PAUSED_S):
+            one_clock = lease.host == socket.gethostname() and storage.is_local(items)
+            oldest = min(oldest, lease.started - (0 if one_clock else SKEW_S))
         elif finished(folder):
             clear(folder)
         elif now - (info.mtime.timestamp() if info.mtime else now) > ABANDONED_S:
@@ -173,8 +192,9 @@ def sweep(items: str) -> int:
             for staged in _staged(folder):
                 kept[table.ITEMS] |= table.files_of(staged.item_fragments)
                 kept[table.REJECTS] |= table.files_of(staged.reject_fragments)
-            if commit := commit_of(folder):
-                kept[table.REJECTS] |= table.files_of(commit.rejects)
+            for written in _list(storage.join(folder, NOTES)):
+                if commit := commit_of(folder, written.base_name.removesuffix(".json")):
+                    kept[table.REJECTS] |= table.files_of(commit.rejects)
     removed = 0
     for name, keep in kept.items():
         uri = storage.join(items, name)
@@ -185,10 +205,13 @@ def sweep(items: str) -> int:
     return removed
 
 
-def forget(folder: str, applied: Collection[str], run: str) -> None:
-    """A run that was finished and then taken back by a roll-back starts anew."""
-    if run not in applied and finished(folder):
-        storage.remove(storage.join(folder, manifest.NAME))
+def name_of(items: str, wanted: str, applied: Collection[str]) -> str:
+    """The name of a run that is to be made: `wanted`, or, where that run was made and then rolled back, one that is new."""
+    rejects = storage.join(items, table.REJECTS)
+    told = table.runs_of(table.open_table(rejects)) if table.exists(rejects) else ()
+    while wanted not in applied and (wanted in told or finished(folder_of(items, wanted))):
+        wanted = manifest.fingerprint("again", {}, {"run": wanted})
+    return wanted
 
 
 def longest(items: str) -> float:
@@ -207,6 +230,6 @@ def last_figures(items: str, applied: Sequence[str], settings: str) -> dict[str,
     """The figures of the newest of these runs that was made with these settings; {} for none."""
     for run in reversed(applied):
         folder, files = folder_of(items, run), files_of(items, run)
-        if files and files.settings == settings and finished(folder):
+        if files and files.files and files.settings == settings and finished(folder):
             return dict(manifest.read(folder, kind="ingest").figures)
     return {}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ from pipelines.reading import readers
 from pipelines.reading.fetch import Fetcher
 from pipelines.reading.sources import Reading, Unit
 from pipelines.text import parse_version
+
+T = TypeVar("T", bound=BaseModel)
 
 DONE = "done.json"
 SLAB_BYTES = 48 << 20  # items, or rejects, that wait to be written
@@ -45,7 +48,7 @@ class Staging:
 
 
 class Staged(BaseModel):
-    """What done.json says: fragments as Lance's JSON, counts, and what it cost. `number` is the unit's place in the plan."""
+    """What done.json says: fragments as Lance's JSON, counts, and what it cost."""
 
     model_config = ConfigDict(frozen=True)
     key: str
@@ -63,6 +66,14 @@ class Staged(BaseModel):
     peak_mb: float
 
 
+def parsed(model: type[T], uri: str) -> T | None:
+    """What the JSON at `uri` says; None where there is none, or a power cut has torn it: then it is made again."""
+    if storage.exists(uri):
+        with suppress(ValueError):
+            return model.model_validate_json(storage.read_bytes(uri))
+    return None
+
+
 def key_of(unit: Unit) -> str:
     return hashlib.sha256(json.dumps(asdict(unit), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -73,7 +84,7 @@ def folder_of(staging_folder: str, key: str) -> str:
 
 def read_done(staging_folder: str, key: str) -> Staged | None:
     uri = storage.join(folder_of(staging_folder, key), DONE)
-    return Staged.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    return parsed(Staged, uri)
 
 
 class Collector:
@@ -118,12 +129,16 @@ class Collector:
         return taken
 
     def save(self, folder: str, buckets: int) -> None:
-        ids = pa.concat_tables(self.ids)
-        products = pa.concat_tables(self.products)
+        ids, products, pictures = (
+            pa.concat_tables([keys.SCHEMAS[kind].empty_table(), *found])
+            for kind, found in (("ids", self.ids), ("products", self.products), ("pictures", self.pictures))
+        )
         keys.write(storage.join(folder, "ids.arrow"), ids, keys.of_texts(ids.column("item_id").to_pylist(), buckets), buckets)
         of_product = keys.of_texts(products.column("product_id").to_pylist(), buckets)
         keys.write(storage.join(folder, "products.arrow"), products, of_product, buckets)
-        keys.write(storage.join(folder, "pictures.arrow"), pa.concat_tables(self.pictures), np.concatenate(self.dealt) % buckets, buckets)
+        keys.write(
+            storage.join(folder, "pictures.arrow"), pictures, np.concatenate([np.zeros(0, np.int64), *self.dealt]) % buckets, buckets
+        )
 
 
 def _version(text: str) -> int | None:

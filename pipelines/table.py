@@ -22,13 +22,14 @@ from lance.fragment import FragmentMetadata
 from lance.schema import LanceSchema
 
 from idem import storage
+from idem.schema import ATTRIBUTES
 
 T = TypeVar("T")
 
 ITEMS = "items.lance"
 REJECTS = "rejects.lance"
 ID_KEY = "idem.id"  # what the rows are: changes with every run, delete and roll-back, not with compaction
-RUNS_KEY = "idem.runs"  # JSON list of the runs that made them, oldest first
+RUNS_KEY = "idem.runs"  # JSON: the runs that made them, oldest first, each with the note that it was committed by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,20 @@ def create(uri: str, schema: pa.Schema) -> lance.LanceDataset:
     return found
 
 
+def kept_type(uri: str) -> pa.DataType | None:
+    """The struct that the table at `uri` keeps columns for filters in; None where it keeps none, or is not there."""
+    known = open_table(uri).schema if exists(uri) else pa.schema([])
+    return known.field(ATTRIBUTES).type if ATTRIBUTES in known.names else None
+
+
 def runs_of(table: lance.LanceDataset) -> tuple[str, ...]:
     """The runs whose records the rows of this version are, oldest first."""
-    return tuple(json.loads((table.schema.metadata or {}).get(RUNS_KEY.encode(), b"[]")))
+    return tuple(notes_of(table))
+
+
+def notes_of(table: lance.LanceDataset) -> dict[str, str]:
+    """Run -> the note that its commit names, which says what else that run has to do."""
+    return json.loads((table.schema.metadata or {}).get(RUNS_KEY.encode(), b"{}"))
 
 
 def id_of(table: lance.LanceDataset) -> str | None:
@@ -145,7 +157,7 @@ def _fresh_id(table: lance.LanceDataset) -> int:
     return max([*(f.fragment_id for f in table.get_fragments()), *covered], default=-1) + 1
 
 
-def swap(table: lance.LanceDataset, change: Change, run: str) -> lance.LanceDataset | None:
+def swap(table: lance.LanceDataset, change: Change, run: str, note: str = "") -> lance.LanceDataset | None:
     """Commit `change` on top of just this version of `table`; None where another commit that touched rows was faster, or no
     answer came: then the newest version tells whether the run is in it.
 
@@ -154,7 +166,7 @@ def swap(table: lance.LanceDataset, change: Change, run: str) -> lance.LanceData
     """
     if run in runs_of(table):
         return table
-    runs = (*runs_of(table), run)
+    runs = {**notes_of(table), run: note}
     told = {ID_KEY: hashlib.sha256(f"{id_of(table)}/{run}".encode()).hexdigest()[:16], RUNS_KEY: json.dumps(runs)}
     schema = LanceSchema.from_pyarrow(table.lance_schema.to_pyarrow().with_metadata(told))
     fragments = apply([fragment.metadata for fragment in table.get_fragments()], change, _fresh_id(table))

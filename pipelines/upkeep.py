@@ -22,7 +22,8 @@ class UpkeepConfig(config.Table):
     """compact: merge fragments below rows_per_fragment, and write those anew of which much is gone. index: cover new rows.
 
     keep_days: remove versions older than that, but none that is tagged (releases tag what they bind); -1 removes none.
-    tag: name the newest version. rollback_to: make that version the newest again, and do nothing else; 0 for none.
+    tag: name for the newest version, taken from an earlier one that has it. rollback_to: make that version the newest again,
+    and do nothing else; 0 for none.
     """
 
     compact: bool = True
@@ -88,9 +89,11 @@ def run(settings: UpkeepConfig) -> dict[str, Any]:
             publish.index(uri)
         newest = table.open_table(uri)
         if settings.tag:
-            newest.tags.create(settings.tag, newest.version)
+            (newest.tags.update if settings.tag in newest.tags.list() else newest.tags.create)(settings.tag, newest.version)
         if settings.keep_days >= 0:
-            figures |= _clean(uri, settings.keep_days, runs.longest(items))
+            longest = runs.longest(items)
+            figures |= _clean(uri, settings.keep_days, longest)
+            _clean(storage.join(items, table.REJECTS), settings.keep_days, longest)
         return {**figures, "version": newest.version, "rows": newest.count_rows()}
 
 

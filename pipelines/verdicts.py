@@ -49,7 +49,8 @@ class Outcome:
 
 def _load(work: Work, kind: str, bucket: int) -> pa.Table:
     """The keys of this kind in the bucket, with the place of their `unit` in the plan."""
-    parts = []
+    wanted = keys.SCHEMAS[kind].append(pa.field("unit", pa.int64()))
+    parts = [wanted.empty_table()]
     for number, (key, _) in enumerate(work.units):
         uri = storage.join(folder_of(work.folder, key), f"{kind}.arrow")
         for batch in keys.read([(uri, bucket)]):

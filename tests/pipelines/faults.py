@@ -32,7 +32,7 @@ def picture(seed: int, side: int = 48) -> bytes:
 
 
 def rows(n: int, start: int = 0, title: str = "cup", side: int = 48) -> list[dict]:
-    """`n` records, one in ten of which cannot be used in one of several ways."""
+    """`n` records, one in ten of which cannot be used in one of several ways, and one in ten repeats the id of another."""
     made = []
     for k in range(start, start + n):
         row = {"image_id": f"i{k:05}", "product_id": f"p{k // 4}", "title": f"{title} {k}", "image": picture(k, side)}
@@ -40,6 +40,8 @@ def rows(n: int, start: int = 0, title: str = "cup", side: int = 48) -> list[dic
             row |= [{"image": b"no picture"}, {"product_id": ""}, {"image": row["image"][:-200]}, {"image": None, "title": None}][
                 k // 10 % 4
             ]
+        if k % 10 == 7 and k > start + 2:
+            row["image_id"] = f"i{k - 2:05}"
         made.append(row)
     return made
 
@@ -59,26 +61,37 @@ def expected(name: str, place: int, row: dict, limits: Limits) -> dict | None:
     return normalize_record({**record, **told, "source_file": name, "source_row": place, "deleted": False}, limits)["item"]
 
 
-def balance(settings: ingest.IngestConfig, sources: dict[str, list[dict]]) -> None:
-    """The oracle: every record is one item or one open reject, no id is there twice, contents are those of the pure function."""
+def balance(settings: ingest.IngestConfig, *loads: dict[str, list[dict]]) -> None:
+    """The oracle, for runs that each read some sources: of every id the last usable record is the item, the others of its run and
+    the unusable ones are open rejects, all with the contents that the pure function gives; an item of an earlier run is replaced.
+    """
+    wanted: dict[str, tuple[str, int]] = {}
+    rejected: set[tuple[str, int]] = set()
+    for sources in loads:
+        newest: dict[str, tuple[str, int]] = {}
+        for name, made in sources.items():
+            for place, row in enumerate(made):
+                item = expected(name, place, row, settings.limits())
+                if item is None:
+                    rejected.add((name, place))
+                    continue
+                if item["item_id"] in newest:
+                    rejected.add(newest[item["item_id"]])
+                newest[item["item_id"]] = name, place
+        wanted |= newest
     uri = storage.Layout(settings.root).items
-    items, rejects = open_items(uri), open_rejects(uri)
-    found = items.table(["item_id", "source_file", "source_row", "content_hash", "title", "image"]).to_pylist()
-    ids = [row["item_id"] for row in found]
-    assert len(ids) == len(set(ids))
-    kept = {(row["source_file"], row["source_row"]): row for row in found}
-    aside = {(row["source_file"], row["source_row"]) for row in rejects.light.to_pylist()}
-    assert len(kept) == len(found)
-    assert len(aside) == rejects.light.num_rows
-    assert not kept.keys() & aside
-    assert kept.keys() | aside == {(name, place) for name, made in sources.items() for place in range(len(made))}
-    for (name, place), row in kept.items():
-        wanted = expected(name, place, sources[name][place], settings.limits())
-        assert wanted
-        assert row["content_hash"] == wanted["content_hash"]
+    found = open_items(uri).table(["item_id", "source_file", "source_row", "content_hash", "title", "image"]).to_pylist()
+    assert {row["item_id"]: (row["source_file"], row["source_row"]) for row in found} == wanted
+    assert len(found) == len(wanted)
+    aside = [(row["source_file"], row["source_row"]) for row in open_rejects(uri).light.to_pylist()]
+    assert sorted(aside) == sorted(rejected)
+    made = {name: records for sources in loads for name, records in sources.items()}
+    for row in found:
+        name, place = row["source_file"], row["source_row"]
+        item = expected(name, place, made[name][place], settings.limits())
+        assert item
+        assert row["content_hash"] == item["content_hash"]
         assert hashlib.sha256(row["image"] + b"\0" + row["title"].encode()).hexdigest() == row["content_hash"]
-    for name, place in aside:
-        assert expected(name, place, sources[name][place], settings.limits()) is None
 
 
 def is_finished(settings: ingest.IngestConfig) -> None:
@@ -93,7 +106,7 @@ def is_finished(settings: ingest.IngestConfig) -> None:
         assert table.orphans(opened, (), float("inf")) == []
     for run in table.runs_of(table.open_table(storage.join(layout.items, table.ITEMS))):
         left = {path.name for path in Path(runs.folder_of(layout.items, run)).iterdir()}
-        assert left == {"manifest.json", "report.html", "files.json", "commit.json"}
+        assert left == {"manifest.json", "report.html", "files.json", "commits"}
 
 
 # Runs an ingest in a process of its own that kills itself, or is ended, at a point named by the first argument.
@@ -108,14 +121,14 @@ def die(*_, **__):
 
 real_swap, real_spent, calls = table.swap, ingest.Budget.spent, []
 
-def swap(opened, change, run):
+def swap(opened, change, run, note=""):
     calls.append(run)
     if point == "before" or (point == "rejects" and len(calls) == 2):
         die()
     if point == "during":
         timer = threading.Timer(number, die)
         timer.start()
-    made = real_swap(opened, change, run)
+    made = real_swap(opened, change, run, note)
     if point in ("after", "during"):
         die()
     return made

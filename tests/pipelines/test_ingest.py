@@ -291,6 +291,7 @@ def test_what_a_killed_ingest_left_is_removed_and_every_version_stays(settings: 
 
 def test_files_of_a_writer_at_work_stay(settings: ingest.IngestConfig, figures: dict, tmp_path: Path) -> None:
     uri = storage.Layout(settings.root).items
+    runs.sweep(uri)  # what the run that was refused has left
     with runs.held(runs.folder_of(uri, "another")):
         fresh = Path(uri, table.ITEMS, "data", "fresh.lance")
         fresh.write_bytes(b"not committed yet")
@@ -390,3 +391,52 @@ def test_hostile_records_all_end_somewhere(ray_session: None, tmp_path: Path) ->
     page = Path(runs.folder_of(storage.Layout(str(tmp_path)).items, told["run"]), "report.html").read_text()
     assert "image_undecodable" in page
     assert len(page) < 3_000_000
+
+
+def test_an_empty_file_beside_others_is_no_trouble(ray_session: None, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    one = {"image_id": "a", "product_id": "p", "title": "t", "image": picture(1)}
+    write(source / "a.parquet", [one])
+    settings = ingest.IngestConfig(root=str(tmp_path), source=str(source))
+    ingest.run(settings)
+    write(source / "b.parquet", [])
+    assert ingest.run(settings)["rows"] == 0
+    write(source / "c.parquet", [{**one, "title": "older"}])
+    assert ingest.run(settings)["updated"] == 1
+    assert ingest.run(settings)["skipped"]
+
+
+def test_records_that_are_all_older_are_taken_in_and_change_nothing(ray_session: None, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    one = {"image_id": "a", "product_id": "p", "title": "new", "version": 5}
+    write(source / "a.parquet", [one], version=pa.int64())
+    settings = ingest.IngestConfig(root=str(tmp_path), source=str(source))
+    ingest.run(settings)
+    write(source / "b.parquet", [{**one, "title": "old", "version": 4}], version=pa.int64())
+    assert ingest.run(settings)["by_reason"] == {"superseded": 1}
+    assert opened(tmp_path).table(["title"])["title"].to_pylist() == ["new"]
+    assert ingest.run(settings)["skipped"]
+
+
+def test_a_later_file_may_look_as_if_it_had_other_types(ray_session: None, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "1.csv").write_text("image_id,product_id,title,price\na,p,t,9.99\n")
+    settings = ingest.IngestConfig(root=str(tmp_path), source=str(source), attributes=("price",))
+    ingest.run(settings)
+    (source / "2.csv").write_text("image_id,product_id,title,price\nb,p,t,10\nc,p,t,cheap\n")
+    assert ingest.run(settings)["by_reason"] == {"attribute_type": 1}
+    assert opened(tmp_path).table(["item_id"], "attributes.price >= 10")["item_id"].to_pylist() == ["b"]
+
+
+def test_a_torn_note_of_another_run_stops_nobody(settings: ingest.IngestConfig, figures: dict, tmp_path: Path) -> None:
+    uri = storage.Layout(settings.root).items
+    folder = Path(runs.folder_of(uri, "torn"), "units", "x")
+    folder.mkdir(parents=True)
+    for name in ("lease.json", "files.json"):
+        Path(runs.folder_of(uri, "torn"), name).write_bytes(b"")
+    runs.sweep(uri)
+    (folder / "done.json").write_bytes(b"{")
+    assert runs.sweep(uri) == 0

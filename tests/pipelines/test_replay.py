@@ -136,8 +136,9 @@ def test_the_command_line(settings: ingest.IngestConfig, tmp_path: Path, capsys:
     path = tmp_path / "run.toml"
     told = f'[ingest]\nsource = "{settings.source}"\nmax_pixels = 10000\nmax_reject_fraction = 0.9\n'
     path.write_text(f'root = "{settings.root}"\n{told}[replay]\nreasons = ["image_undecodable"]\n')
-    assert replay.main([str(path)]) == 2  # it is damaged still: none is left to publish
-    assert "1 of 1 records of rejects" in json.loads(capsys.readouterr().out)["error"]
+    assert replay.main([str(path)]) == 0  # it is damaged still
+    said = json.loads(capsys.readouterr().out)
+    assert (said["replayed"], said["committed"], said["open"]) == (1, 0, 4)
     assert replay.main([str(path), "--set", "ingest.max_pixels=100000", "--set", "replay.reasons=[]"]) == 0
     assert json.loads(capsys.readouterr().out)["committed"] == 1
 
@@ -154,3 +155,49 @@ def test_attributes_get_their_types_again() -> None:
 def test_rejects_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was ingested there yet"):
         open_rejects(str(tmp_path / table.ITEMS))
+
+
+def test_a_replay_is_of_one_source_and_finds_its_pictures_there(ray_session: None, tmp_path: Path) -> None:
+    """Two shops name their pictures alike; what one lacked must not be taken from the other."""
+    hows = []
+    for shop, colour in (("a", 1), ("b", 2)):
+        folder = tmp_path / shop
+        folder.mkdir()
+        (folder / "data.csv").write_text(f"image_id,product_id,title,image\n{shop}1,p{shop},t,1.jpg\n{shop}2,p{shop},t,2.jpg\n")
+        (folder / "2.jpg").write_bytes(faults.picture(colour))
+        hows.append(ingest.IngestConfig(root=str(tmp_path / "run"), source=str(folder / "data.csv")))
+        ingest.run(hows[-1])
+    (tmp_path / "b" / "1.jpg").write_bytes(faults.picture(9))
+    told = replay.run(config(hows[1], reasons=("image_missing",)), hows[1])
+    assert (told["replayed"], told["committed"], told["open"]) == (1, 1, 0)
+    items, left = opened(hows[1])
+    assert sorted(items.table(["item_id"])["item_id"].to_pylist()) == ["a2", "b1", "b2"]
+    assert [row["item_id"] for row in left.light.to_pylist()] == ["a1"]
+    assert replay.run(config(hows[0]), hows[0])["skipped"]
+
+
+def test_yesterdays_record_does_not_go_over_todays(ray_session: None, tmp_path: Path) -> None:
+    how = ingest.IngestConfig(root=str(tmp_path / "run"), source=str(tmp_path / "source"), max_pixels=10_000)
+    good = {"image_id": "other", "product_id": "p", "title": "t", "image": faults.picture(1)}
+    first = {"image_id": "x", "product_id": "p", "title": "yesterday", "image": faults.picture(2, 200)}
+    faults.write(tmp_path / "source", "1.parquet", [good, first])
+    ingest.run(how)
+    faults.write(tmp_path / "source", "2.parquet", [{**first, "title": "today", "image": faults.picture(2)}])
+    ingest.run(how)
+    assert replay.run(config(how), how.model_copy(update={"max_pixels": 100_000}))["skipped"]
+    assert opened(how)[0].take(["x"], ["title"])["title"].to_pylist() == ["today"]
+
+
+def test_a_rerun_after_a_roll_back_has_rejects_of_its_own(ray_session: None, tmp_path: Path) -> None:
+    how = ingest.IngestConfig(root=str(tmp_path / "run"), source=str(tmp_path / "source"))
+    bad = {"image_id": "bad", "product_id": "p", "title": "t", "image": b"no picture"}
+    good = {"image_id": "good", "product_id": "p", "title": "t", "image": faults.picture(1)}
+    faults.write(tmp_path / "source", "1.parquet", [good])
+    ingest.run(how)
+    before, _ = opened(how)
+    faults.write(tmp_path / "source", "2.parquet", [bad, {**good, "image_id": "more"}])
+    for _ in range(2):
+        ingest.run(how)
+        assert open_rows(how) == {(0, "image_unreadable")}
+        upkeep.run(upkeep.UpkeepConfig(root=how.root, rollback_to=before.version))
+        assert open_rows(how) == set()

@@ -69,7 +69,6 @@ def test_rolling_back_and_on_again(settings: ingest.IngestConfig) -> None:
     assert (back.id, back.table(["item_id", "title"])) == (old.id, old.table(["item_id", "title"]))
     again = ingest.run(settings)  # what was rolled back counts as not read
     assert (again["files_read"], again["files_skipped"]) == (1, 1)
-    assert open_items(uri).id == newest.id
     assert open_items(uri).table(["item_id", "title"]).sort_by("item_id") == newest.table(["item_id", "title"]).sort_by("item_id")
     with pytest.raises(ValueError, match=r"version 99 is not there to roll back to; there are 1, 2"):
         upkeep.run(config(settings, rollback_to=99))
