@@ -9,13 +9,9 @@ import pyarrow as pa
 
 from idem import storage
 from pipelines import table as tables
+from pipelines.table import IDS_A_QUERY, sql_list
 
-IDS_A_QUERY = 2000
 ADDRESS = "_rowaddr"  # Lance's: the fragment in the upper half, the row in it, gone ones counted, in the lower
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -43,7 +39,7 @@ class Batch:
         """The encoded pictures of these rows, in their order; fetched now."""
         if not len(self._addresses):
             return []
-        some = f"{ADDRESS} IN ({', '.join(map(str, self._addresses))})"
+        some = f"{ADDRESS} IN ({sql_list(self._addresses.tolist())})"
         found = self._dataset.scanner(columns=["image"], filter=some, with_row_address=True).to_table()
         pictures = dict(zip(found.column(ADDRESS).to_pylist(), found.column("image").to_pylist(), strict=True))
         return [pictures[address] for address in self._addresses.tolist()]
@@ -63,9 +59,10 @@ class Items:
 
     def count(self, filter: str | None = None) -> int:
         """How many rows there are, or pass a SQL expression on columns."""
-        if filter is None:
-            return self.dataset.count_rows()
-        return self.table(["item_id"], filter).num_rows
+        try:
+            return self.dataset.count_rows(filter=filter)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read the items where {filter}: {error}") from error
 
     def table(self, columns: Sequence[str], filter: str | None = None) -> pa.Table:
         """These columns of the rows that pass `filter`, in scan order."""
@@ -117,7 +114,7 @@ class Items:
         self._check(columns)
         wanted = list(dict.fromkeys(item_ids))
         asked = list(dict.fromkeys(["item_id", *columns]))
-        parts = [self.table(asked, f"item_id IN ({', '.join(map(_quoted, ids))})") for ids in _chunks(wanted)]
+        parts = [self.table(asked, f"item_id IN ({sql_list(ids)})") for ids in _chunks(wanted)]
         found = pa.concat_tables(parts) if parts else self._empty(asked)
         place = {item_id: i for i, item_id in enumerate(found.column("item_id").to_pylist())}
         if unknown := [item_id for item_id in wanted if item_id not in place]:

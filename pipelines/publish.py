@@ -203,7 +203,7 @@ def index(uri: str) -> lance.LanceDataset:
         if len(missing) < len(INDEXED):
             items.optimize.optimize_indices()
 
-    table.patiently(once)
+    table.insist(once)
     return table.open_table(uri)
 
 

@@ -32,7 +32,7 @@ class Rejects:
         """All columns of the open rejects at these places, in their order, some at a time."""
         for start in range(0, len(rows), size):
             wanted = [self.addresses[row] for row in rows[start : start + size]]
-            found = self.dataset.scanner(filter=f"_rowaddr IN ({', '.join(map(str, wanted))})", with_row_address=True).to_table()
+            found = self.dataset.scanner(filter=f"_rowaddr IN ({table.sql_list(wanted)})", with_row_address=True).to_table()
             yield found.sort_by("_rowaddr").drop_columns(["_rowaddr"])
 
 
@@ -71,7 +71,7 @@ def open_rejects(items: str, reasons: Collection[str] = (), runs: Collection[str
     applied = table.runs_of(table.open_table(storage.join(items, table.ITEMS)))
     dataset = table.open_table(uri)
     asked = [run for run in applied if runs is None or run in runs]
-    mine = f"run IN ({', '.join(map(repr, asked))})" if asked else "false"
+    mine = f"run IN ({table.sql_list(asked)})" if asked else "false"
     wanted = f"{mine} AND reason <> '{REPLAYED}'"
     found = dataset.scanner(columns=list(LIGHT), filter=wanted, with_row_address=True, scan_in_order=True).to_table()
     light, replayed, again = found.select(list(LIGHT)), _replayed(dataset, mine), _read_again(items, applied)

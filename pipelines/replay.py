@@ -22,7 +22,6 @@ from pipelines.records import TEXTS
 log = logging.getLogger("replay")
 FIELDS = (*TEXTS, "mime", "deleted", "image", "image_ref", schema.ATTRIBUTES)
 DECIDED = ("duplicate_id", "superseded")  # they lost to another record, and would win now as the last to come
-IDS_A_LOOK = 1000
 UNIT_ROWS = 512
 READERS = {"parquet": pq.read_table, "jsonl": pyarrow.json.read_json, "csv": pyarrow.csv.read_csv}
 
@@ -73,10 +72,10 @@ def _newer(light: Sequence[Mapping[str, Any]], uri: str) -> set[int]:
     items = table.open_table(uri)
     order = {run: place for place, run in enumerate(table.runs_of(items))}
     found: set[int] = set()
-    for start in range(0, len(light), IDS_A_LOOK):
-        some = {place: light[place] for place in range(start, min(start + IDS_A_LOOK, len(light))) if light[place]["item_id"]}
+    for start in range(0, len(light), table.IDS_A_QUERY):
+        some = {place: light[place] for place in range(start, min(start + table.IDS_A_QUERY, len(light))) if light[place]["item_id"]}
         if some:
-            ids = ", ".join("'" + row["item_id"].replace("'", "''") + "'" for row in some.values())
+            ids = table.sql_list(row["item_id"] for row in some.values())
             held = items.to_table(columns=["item_id", "run"], filter=f"item_id IN ({ids})").to_pylist()
             run_of = {row["item_id"]: order.get(row["run"], -1) for row in held}
             found |= {place for place, row in some.items() if run_of.get(row["item_id"], -1) > order.get(row["run"], -1)}

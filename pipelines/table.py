@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 ITEMS = "items.lance"
 REJECTS = "rejects.lance"
+IDS_A_QUERY = 2000
 ID_KEY = "idem.id"  # what the rows are: changes with every run, delete and roll-back, not with compaction
 RUNS_KEY = "idem.runs"  # JSON: the runs that made them, oldest first, each with the note that it was committed by
 
@@ -41,6 +42,11 @@ class Change:
 
     added: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
+
+
+def sql_list(values: Iterable[object]) -> str:
+    """Values for `column IN (...)` of a filter."""
+    return ", ".join("'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value) for value in values)
 
 
 def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
@@ -63,7 +69,7 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, CommitConflictError) or "commit conflict" in str(error) or storage.no_answer(error)
 
 
-def patiently(step: Callable[[], T], attempts: int = 6) -> T:
+def insist(step: Callable[[], T], attempts: int = 6) -> T:
     """Do what may be repeated until it goes through; the last error where it does not."""
     for attempt in range(attempts):
         try:
@@ -86,7 +92,7 @@ def create(uri: str, schema: pa.Schema) -> lance.LanceDataset:
                 if not exists(uri):  # else another writer was first, which is as good
                     raise
 
-    patiently(make)
+    insist(make)
     found = open_table(uri)
     if not found.schema.remove_metadata().equals(schema):
         differ = sorted({f.name for f in set(found.schema) ^ set(schema)})

@@ -43,7 +43,7 @@ def _compact(uri: str, settings: UpkeepConfig) -> dict[str, int]:
     def once() -> None:
         lance_ray.compact_files(uri, compaction_options=options, num_workers=settings.workers, storage_options=storage.lance_options(uri))
 
-    table.patiently(once)
+    table.insist(once)
     return {"fragments_before": before, "fragments": len(table.open_table(uri).get_fragments())}
 
 

@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 from idem import storage
 from pipelines import contested, keys, resolve
 from pipelines.stage import folder_of
-from pipelines.table import open_table
+from pipelines.table import IDS_A_QUERY, open_table, sql_list
 
-IDS_A_QUERY = 2000
 FAMILIES = 1 << 20  # up to so many are counted exactly; beyond, from a sample by hash
 
 
@@ -63,15 +62,11 @@ def _rows(work: Work, table: pa.Table) -> list[dict[str, Any]]:
     return [{**row, "file": work.units[row["unit"]][1]} for row in table.to_pylist()]
 
 
-def _quoted(value: object) -> str:
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
-
-
 def _look_up(table: lance.LanceDataset, column: str, values: pa.ChunkedArray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of the table whose `column` is one of `values`; quick where the column has an index. `unit` is -1: they came before."""
     wanted = values.unique().drop_null().to_pylist() if table.count_rows() else []
     for start in range(0, len(wanted), IDS_A_QUERY):
-        some = ", ".join(map(_quoted, wanted[start : start + IDS_A_QUERY]))
+        some = sql_list(wanted[start : start + IDS_A_QUERY])
         found = table.scanner(columns=list(columns), filter=f"{column} IN ({some})", with_row_address=True).to_table()
         for row in found.to_pylist():
             address = row.pop("_rowaddr")
