@@ -235,7 +235,8 @@ def run(settings: IngestConfig) -> dict[str, Any]:
         log.info("nothing new in %s: its %d files are in the items already", source, len(plan.files))
         return {**runs.last_figures(layout.items, applied, settings.identity()), "skipped": True}
     number = manifest.fingerprint("ingest", {"settings": settings.identity()}, {name: finger for finger, name in taken.items()})
-    files = runs.Files(settings=settings.identity(), source=source, files=taken, images=plan.reading.images)
+    about = {"images": plan.reading.images, "config": settings.settings()}
+    files = runs.Files(settings=settings.identity(), source=source, files=taken, **about)
     figures = ingest(settings, plan, runs.name_of(layout.items, number, applied), files)
     _show(figures, layout.items)
     return figures

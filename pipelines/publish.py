@@ -238,7 +238,9 @@ def finish(items_folder: str, run: str, rates: Callable[[Mapping[str, Any]], dic
     save_report(folder, figures, noted.sources, rejects_uri, noted.rejects)
     files = runs.files_of(items_folder, run)
     assert files, folder
-    manifest.write(folder, kind="ingest", config={"settings": files.settings, "source": files.source}, inputs={"run": run}, figures=figures)
+    manifest.write(folder, kind="ingest", config=files.config, inputs={"run": run}, figures=figures)
+    if table.runs_of(items)[-1] == run:  # else one that came after this has said more
+        manifest.write(items_folder, kind="items", config=files.config, inputs={"run": run}, figures=figures)
     runs.clear(folder)
     return figures
 

@@ -130,7 +130,7 @@ def run(settings: ReplayConfig, how: ingest.IngestConfig) -> dict[str, Any]:
     units = replayed.write_units(runs.folder_of(items, number), opened.batches(chosen, UNIT_ROWS), repairs, kept)
     reading = Reading(columns=how.columns, attributes=(), kept=kept, images=images)
     plan = SourcePlan(uri=f"rejects of {items}", reading=reading, files=(), units=tuple(units), not_read=())
-    taken = runs.Files(settings=how.identity(), source=source, files={}, images=images)
+    taken = runs.Files(settings=how.identity(), source=source, files={}, images=images, config=how.settings())
     free = how.model_copy(update={"max_reject_fraction": 1.0})  # they were counted once
     figures = ingest.ingest(free, plan, number, taken, closing=_closing([light[place] for place in chosen], number))
     left = len(rejects.open_rejects(items, runs=[*files, number]).addresses)

@@ -50,13 +50,14 @@ class Lease(BaseModel):
 
 
 class Files(BaseModel):
-    """What a run takes in: the files of `source`, name by fingerprint, read with `settings` (a fingerprint)."""
+    """What a run takes in: the files of `source`, name by fingerprint, read with `settings`, the fingerprint of `config`."""
 
     model_config = ConfigDict(frozen=True)
     settings: str
     source: str
     files: dict[str, str]  # none for a replay
     images: str = ""  # where relative paths of pictures start
+    config: dict[str, Any] = {}
 
 
 class Commit(BaseModel):

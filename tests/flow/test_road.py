@@ -127,7 +127,7 @@ def test_own_records_with_bad_ones_among_them(tmp_path):
     )
     made = json.loads((tmp_path / "run" / "items" / "manifest.json").read_text())["figures"]
     assert (made["rows"], made["committed"], made["rejected"]) == (75, 72, 3)
-    assert {k: v for k, v in made["by_reason"].items() if v} == {"image_unreadable": 1, "empty_record": 1, "duplicate_id": 1}
+    assert {k: v for k, v in made["by_reason"].items() if v} == {"image_undecodable": 1, "empty_record": 1, "superseded": 1}
     assert said["ok"]
 
 

@@ -77,11 +77,11 @@ POINTS = [
     ("staging", 3),
     ("before", 0),
     ("during", 0.0),
-    ("during", 0.004),
+    pytest.param("during", 0.004, marks=pytest.mark.slow),
     ("after", 0),
     ("rejects", 0),
     ("index", 0),
-    ("save_report", 0),
+    pytest.param("save_report", 0, marks=pytest.mark.slow),
     ("manifest", 0),
 ]
 
