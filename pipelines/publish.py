@@ -1,7 +1,7 @@
 """From staged units to one new version of the items: decide, revise, commit, finish. Wiring, through pipelines.workers.
 
 1. Verdicts and revised fragments, planned against one version of the items; nobody sees them.
-2. commit.json: all that will be left to do.
+2. A note of all that will be left to do (runs.note_commit); the commit names it.
 3. The items are swapped, and the run is done, whoever finishes it. If another writer was faster, again from 1.
 4. `finish`: rejects, indices, report, manifest; each may be repeated, so a run that was killed here is finished by the next.
 """
