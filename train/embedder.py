@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from idem import images as pictures
 from idem import manifest, storage
-from train.backbones import VOCABULARY, Compact, CompactConfig, tokenize
+from train.backbones.base import Backbone
+from train.backbones.compact import VOCABULARY, Compact, CompactConfig, tokenize
 
 WEIGHTS = ("model", "untrained")
 
@@ -24,7 +25,8 @@ def rows_with(values: Sequence[Any]) -> list[int]:
 class Embedder:
     """`id` names the weights; `dim` and `side` are the sizes of output and input; `fractions` the folds it was trained with."""
 
-    def __init__(self, model: Compact, *, id: str = "", fractions: tuple[float, float, float] = (1.0, 0.0, 0.0)) -> None:
+    def __init__(self, model: Backbone, *, id: str = "", fractions: tuple[float, float, float] = (1.0, 0.0, 0.0)) -> None:
+        assert isinstance(model, Compact)
         self.model = model.eval()
         self.id, self.fractions = id, fractions
         self.dim, self.side = model.config.dim, model.config.side
@@ -86,13 +88,9 @@ class Embedder:
 
     def _encode(self, images: Sequence[bytes | None], texts: Sequence[str], dim: int) -> np.ndarray:
         image_rows, text_rows = rows_with(images), rows_with(texts)
-        x = tokens = None
-        if image_rows:
-            x = self.model.normalise(torch.from_numpy(pictures.batch([images[i] for i in image_rows], self.side)).to(self.device))
-        if text_rows:
-            tokens = self.tokenize([texts[i] for i in text_rows]).to(self.device)
-        at = [torch.tensor(rows, dtype=torch.int64, device=self.device) for rows in (image_rows, text_rows)]
-        h = self.model(x, at[0], tokens, at[1], len(images))
+        pixels = torch.from_numpy(pictures.batch([images[i] for i in image_rows], self.side)) if image_rows else None
+        made = self.model.collate(pixels, np.array(image_rows), [texts[i] for i in text_rows], np.array(text_rows), len(images))
+        h = self.model({name: value.to(self.device) for name, value in made.items()}, len(images))
         return torch.nn.functional.normalize(h[:, :dim], dim=1).cpu().numpy()
 
 

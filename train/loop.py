@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train import augment, losses, plan
-from train.backbones import Compact, CompactConfig, tokenize
+from train.backbones.base import Backbone
+from train.backbones.compact import Compact, CompactConfig
 from train.corpus import Corpus
 from train.embedder import Embedder
 from train.neighbours import nearest, neighbours
@@ -67,7 +68,7 @@ def computes_bf16(device: torch.device) -> bool:
 class Trained:
     """What the loop leaves on every worker; `curves` has a row of figures every tenth step and at each checkpoint."""
 
-    model: Compact
+    model: Backbone
     head: PrototypeHead
     step: int
     seconds: float
@@ -90,9 +91,7 @@ class Trainer:
             raise ValueError(f"batch {config.batch} does not divide into pairs of {config.per_id} over {self.world} workers")
         self.config, self.corpus, self.report = config, corpus, report
         torch.manual_seed(config.seed)
-        self.model = Compact(config.model)
-        self.model.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.model.to(self.device)
+        self.model: Backbone = Compact(config.model).to(self.device)
         self.members = plan.Members(corpus.labels)
         self.head = PrototypeHead(len(self.members), config.model.dim, rank=self.rank, world=self.world).to(self.device)
         self._freeze_what_is_never_used()
@@ -109,15 +108,7 @@ class Trainer:
         self.images_used = bool(self.corpus.has_image.any())
         if not self.texts_used and not self.images_used:
             raise ValueError("the training items have neither pictures nor texts")
-        for module, used in (
-            (self.model.text, self.texts_used),
-            (self.model.text_out, self.texts_used),
-            (self.model.vision, self.images_used),
-        ):
-            module.requires_grad_(used)
-        self.model.image_out.requires_grad_(self.images_used)
-        self.model.pool_norm.requires_grad_(self.images_used)
-        self.model.text_weight.requires_grad_(self.texts_used)
+        self.model.train_only(images=self.images_used, texts=self.texts_used)
 
     def _groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -247,24 +238,21 @@ class Trainer:
             rows = np.concatenate([rows, np.resize(np.flatnonzero(self.corpus.has_image), 2)])
         if self.texts_used and not len(text_rows):
             text_rows, rows = np.array([len(rows)]), np.append(rows, self.titled[0])
-        x = tokens = None
+        x = None
         if self.images_used:
-            stored = torch.from_numpy(self.corpus.pixels(rows[image_rows], self.config.model.side * 4 // 3))
+            stored = torch.from_numpy(self.corpus.pixels(rows[image_rows], self.model.side * 4 // 3))
             generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-            x = augment.photo(stored, self.config.model.side, generator, strength=self.config.augment)
-        if self.texts_used:
-            tokens = tokenize([self._noisy(self.corpus.titles[int(r)], random) for r in rows[text_rows]], self.config.model.text_length)
-        return self._forward(self.net, x, image_rows, tokens, text_rows, len(rows))[:asked]
+            x = augment.photo(stored, self.model.side, generator, strength=self.config.augment)
+        texts = [self._noisy(self.corpus.titles[int(r)], random) for r in rows[text_rows]] if self.texts_used else []
+        return self._forward(self.net, x, image_rows, texts, text_rows[: len(texts)], len(rows))[:asked]
 
     def _forward(
-        self, net: nn.Module, x: Tensor | None, image_rows: np.ndarray, tokens: Tensor | None, text_rows: np.ndarray, count: int
+        self, net: nn.Module, x: Tensor | None, image_rows: np.ndarray, texts: list[str], text_rows: np.ndarray, count: int
     ) -> Tensor:
         """(count, D) float32 on the trainer's device, from inputs on the CPU."""
-        x = None if x is None else Compact.normalise(x.to(self.device))
-        tokens = None if tokens is None else tokens.to(self.device)
-        at = [torch.from_numpy(where).to(self.device) for where in (image_rows, text_rows)]
+        inputs = {k: v.to(self.device) for k, v in self.model.collate(x, image_rows, texts, text_rows, count).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16 and computes_bf16(self.device)):
-            return net(x, at[0], tokens, at[1], count).float()
+            return net(inputs, count).float()
 
     def _texts_of(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
         titled = np.array([bool(self.corpus.titles[r]) for r in rows])
@@ -287,13 +275,12 @@ class Trainer:
         for start in range(0, len(rows), 128):
             block = rows[start : start + 128]
             image_rows, text_rows = np.flatnonzero(self.corpus.has_image[block]), np.flatnonzero(~self.corpus.has_image[block])
-            x = tokens = None
+            x = None
             if len(image_rows):
-                stored = torch.from_numpy(self.corpus.pixels(block[image_rows], self.config.model.side * 4 // 3))
-                x = augment.photo(stored, self.config.model.side, torch.Generator(), strength=0.0)
-            if len(text_rows):
-                tokens = tokenize([self.corpus.titles[int(r)] for r in block[text_rows]], self.config.model.text_length)
-            parts.append(self._forward(self.model, x, image_rows, tokens, text_rows, len(block)))
+                stored = torch.from_numpy(self.corpus.pixels(block[image_rows], self.model.side * 4 // 3))
+                x = augment.photo(stored, self.model.side, torch.Generator(), strength=0.0)
+            texts = [self.corpus.titles[int(r)] for r in block[text_rows]]
+            parts.append(self._forward(self.model, x, image_rows, texts, text_rows, len(block)))
         self.model.train()
         return torch.cat(parts)
 

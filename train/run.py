@@ -22,7 +22,7 @@ from idem import cluster, folds, job, manifest, schema, storage
 from idem.config import Table
 from pipelines.items import open_items
 from train import checkpoint, ray_train
-from train.backbones import Compact
+from train.backbones.compact import Compact
 from train.corpus import Corpus
 from train.loop import LoopConfig, Trainer
 

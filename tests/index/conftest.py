@@ -15,7 +15,7 @@ from idem import cluster, manifest, schema, storage
 from index import plan, run, shard, vectors
 from pipelines.table import ID_KEY
 from pipelines.table import ITEMS as DATASET
-from train.backbones import Compact, CompactConfig
+from train.backbones.compact import Compact, CompactConfig
 
 FRACTIONS = (0.4, 0.4, 0.2)
 SMALL = CompactConfig(side=32, widths=(4, 4, 8, 8), dim=16, text_dim=8, text_layers=1, text_length=16)

@@ -24,7 +24,7 @@ from pipelines.table import ID_KEY
 from pipelines.table import ITEMS as DATASET
 from serve.api import Picture
 from serve.engine import Answer, Engine
-from train.backbones import Compact, CompactConfig
+from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_data import KINDS
 from train.rerank_merge import Choice

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from idem.images import ImageError
-from train.backbones import EMB, Compact, CompactConfig, tokenize
+from train.backbones.compact import EMB, Compact, CompactConfig, tokenize
 from train.embedder import Embedder, HistogramEmbedder
 
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from train import checkpoint
-from train.backbones import CompactConfig
+from train.backbones.compact import CompactConfig
 from train.corpus import Corpus
 from train.loop import LoopConfig, Trainer, computes_bf16
 

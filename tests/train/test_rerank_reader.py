@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from idem import manifest
 from idem.types import Document, Query
-from train.backbones import VOCABULARY, Compact, CompactConfig
+from train.backbones.compact import VOCABULARY, Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_data import KINDS, Kind
 from train.rerank_merge import Choice

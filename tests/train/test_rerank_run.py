@@ -17,7 +17,7 @@ from idem import manifest, schema
 from idem.storage import Layout
 from idem.types import Document, Query
 from train import rerank_run
-from train.backbones import Compact, CompactConfig
+from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_loop import RerankConfig
 from train.reranker import IdentityReranker, Reranker

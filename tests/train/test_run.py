@@ -11,7 +11,7 @@ import pytest
 
 from idem import manifest, storage
 from pipelines import catalog, ingest
-from train.backbones import CompactConfig
+from train.backbones.compact import CompactConfig
 from train.embedder import Embedder
 from train.loop import LoopConfig
 from train.run import TrainConfig, run

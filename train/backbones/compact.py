@@ -5,13 +5,19 @@ The joint embedding of an item is the normalised sum of what its picture and its
 may have either or both, and the text model's answer is its hidden state at the one added token, as METHOD.md section 2 has it.
 """
 
+import json
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from train.backbones.base import Backbone, Inputs
 
 PAD, EMB = 0, 1
 FIRST_BYTE = 4
@@ -22,7 +28,7 @@ class CompactConfig(BaseModel):
     """Everything that decides the shapes of the weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    backbone: str = "compact"
+    backbone: Literal["compact"] = "compact"
     side: Annotated[int, Field(ge=32, multiple_of=16)] = 48
     widths: tuple[int, int, int, int] = (32, 64, 128, 256)
     dim: Annotated[int, Field(ge=8)] = 256
@@ -95,12 +101,13 @@ class TextModel(nn.Module):
         return self.norm(x[torch.arange(len(x), device=x.device), at])
 
 
-class Compact(nn.Module):
+class Compact(Backbone):
     """Pictures and texts to one space. Rows without a picture or without a text are named by index, not by placeholders."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
+        self.dim, self.side = config.dim, config.side
         self.vision = VisionTower(config.widths)
         self.pool_norm = nn.BatchNorm1d(2 * config.widths[3])
         self.image_out = nn.Linear(2 * config.widths[3], config.dim, bias=False)
@@ -134,12 +141,42 @@ class Compact(nn.Module):
         both = torch.cat([mid, F.interpolate(top, size=mid.shape[2:], mode="nearest")], 1)
         return both.flatten(2).transpose(1, 2).float()
 
-    def forward(self, images: Tensor | None, image_rows: Tensor, tokens: Tensor | None, text_rows: Tensor, count: int) -> Tensor:
-        """(count, D) L2-normalised; `images` belong to `image_rows`, `tokens` to `text_rows`; each row is in at least one."""
-        device = self.text_weight.device
-        total = torch.zeros(count, self.config.dim, device=device)
-        if images is not None:
-            total = total.index_add(0, image_rows, self.encode_images(images))
-        if tokens is not None:
-            total = total.index_add(0, text_rows, self.text_weight.exp() * self.encode_texts(tokens))
+    def collate(self, pixels: Tensor | None, image_rows: np.ndarray, texts: Sequence[str], text_rows: np.ndarray, count: int) -> Inputs:
+        made: Inputs = {}
+        if pixels is not None and len(image_rows):
+            made |= {"pixels": pixels, "image_rows": torch.as_tensor(image_rows)}
+        if len(text_rows):
+            made |= {"tokens": tokenize(texts, self.config.text_length), "text_rows": torch.as_tensor(text_rows)}
+        return made
+
+    def forward(self, inputs: Inputs, count: int) -> Tensor:
+        total = torch.zeros(count, self.dim, device=self.text_weight.device)
+        if "pixels" in inputs:
+            total = total.index_add(0, inputs["image_rows"], self.encode_images(self.normalise(inputs["pixels"])))
+        if "tokens" in inputs:
+            total = total.index_add(0, inputs["text_rows"], self.text_weight.exp() * self.encode_texts(inputs["tokens"]))
         return F.normalize(total, dim=1)
+
+    def train_only(self, *, images: bool, texts: bool) -> None:
+        self.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        for module in (self.text, self.text_out):
+            module.requires_grad_(texts)
+        for module in (self.vision, self.image_out, self.pool_norm):
+            module.requires_grad_(images)
+        self.text_weight.requires_grad_(texts)
+
+    def save(self, folder: Path) -> list[str]:
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.config.model_dump(), indent=2))
+        return ["config.json", "model.safetensors"]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Compact":
+        """What `save` wrote. ValueError where the weights are not those of the configuration."""
+        config = CompactConfig(**json.loads((folder / "config.json").read_text()))
+        model = cls(config)
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from error
+        return model

@@ -1,0 +1,1 @@
+"""The backbones behind one interface (`train.backbones.base.Backbone`)."""
