@@ -26,9 +26,11 @@ class Reader(Protocol):
     """What is needed of train.embedder.Embedder."""
 
     side: int
-    vocabulary: int
-    token_shape: tuple[int, int]
 
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def token_shape(self) -> tuple[int, int]: ...
     def image_tokens(self, pixels: torch.Tensor) -> torch.Tensor: ...
     def tokenize(self, texts: Sequence[str], length: int | None = None) -> torch.Tensor: ...
 

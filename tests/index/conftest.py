@@ -1,7 +1,6 @@
 """A run root with a few hundred tiny items and an untrained compact embedder, written directly: no Ray, no training."""
 
 import io
-import json
 
 import lance
 import numpy as np
@@ -66,15 +65,15 @@ def write_items(root: str, table: pa.Table) -> None:
 
 
 def write_embedder(root: str, seed: int = 0) -> str:
-    made = manifest.Plan(parent=storage.Layout(root).embedder, kind="embedder", config={"seed": seed}, inputs={})
+    config = {"seed": seed, "fractions": FRACTIONS}
+    made = manifest.Plan(parent=storage.Layout(root).embedder, kind="embedder", config=config, inputs={})
     folder = storage.local_path(made.folder)
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    for name in ("model", "untrained"):
-        weights = {key: value.clone() for key, value in Compact(SMALL).state_dict().items()}  # save_file refuses shared storage
-        save_file(weights, folder / f"{name}.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model": SMALL.model_dump(), "fractions": FRACTIONS}))
-    made.write(figures={}, files=["config.json", "model.safetensors", "untrained.safetensors"])
+    files = Compact(SMALL).save(folder)
+    weights = {key: value.clone() for key, value in Compact(SMALL).state_dict().items()}  # save_file refuses shared storage
+    save_file(weights, folder / "untrained.safetensors")
+    made.write(figures={}, files=[*files, "untrained.safetensors"])
     return made.id
 
 

@@ -156,9 +156,8 @@ def releases(colour_shop, tmp_path_factory) -> str:
     layout = storage.Layout(root)
     torch.manual_seed(0)
     version = write_items(root, colour_shop)
-    plan = manifest.Plan(parent=layout.embedder, kind="embedder", config={}, inputs={})
-    compact = {"model": SMALL.model_dump(), "fractions": (0.4, 0.4, 0.2)}
-    embedder = Embedder.load(write_model(plan, compact, {"model": Compact(SMALL), "untrained": Compact(SMALL)}))
+    plan = manifest.Plan(parent=layout.embedder, kind="embedder", config={"fractions": (0.4, 0.4, 0.2)}, inputs={})
+    embedder = Embedder.load(write_model(plan, SMALL.model_dump(), {"model": Compact(SMALL), "untrained": Compact(SMALL)}))
     write_index(root, embedder, version)
     shape = Shape(tokens=embedder.token_shape[0], channels=embedder.token_shape[1], vocabulary=embedder.vocabulary, width=16, heads=2)
     served = {kind: Served(choice=Choice(blend=1.0)).model_dump() for kind in KINDS}

@@ -160,11 +160,9 @@ def test_the_cache_forgets_the_least_recently_used() -> None:
 
 def embedder_artifact(folder: Path) -> manifest.Plan:
     torch.manual_seed(0)
-    made = manifest.Plan(parent=str(folder / "embedder"), kind="embedder", config={}, inputs={})
+    made = manifest.Plan(parent=str(folder / "embedder"), kind="embedder", config={"fractions": [0.7, 0.2, 0.1]}, inputs={})
     Path(made.folder).mkdir(parents=True)
-    save_file(Compact(TINY).state_dict(), Path(made.folder) / "model.safetensors")
-    (Path(made.folder) / "config.json").write_text(json.dumps({"model": TINY.model_dump(), "fractions": [0.7, 0.2, 0.1]}))
-    made.write(figures={}, files=["config.json", "model.safetensors"])
+    made.write(figures={}, files=Compact(TINY).save(Path(made.folder)))
     return made
 
 

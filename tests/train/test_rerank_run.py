@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from idem import manifest, schema
 from idem.storage import Layout
@@ -76,11 +75,9 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     monkeypatch.setattr(rerank_run, "open_items", lambda uri: FakeItems())
     layout = Layout(str(tmp_path))
     torch.manual_seed(0)
-    made = manifest.Plan(parent=layout.embedder, kind="embedder", config={}, inputs={})
+    made = manifest.Plan(parent=layout.embedder, kind="embedder", config={"fractions": [0.7, 0.2, 0.1]}, inputs={})
     Path(made.folder).mkdir(parents=True)
-    save_file(Compact(TINY).state_dict(), Path(made.folder) / "model.safetensors")
-    (Path(made.folder) / "config.json").write_text(json.dumps({"model": TINY.model_dump(), "fractions": [0.7, 0.2, 0.1]}))
-    made.write(figures={}, files=["config.json", "model.safetensors"])
+    made.write(figures={}, files=Compact(TINY).save(Path(made.folder)))
     return layout
 
 
@@ -117,10 +114,10 @@ def test_an_empty_table_gives_the_identity(layout: Layout) -> None:
     assert rerank_run.run(config(layout))["identity"]
 
 
-def test_too_many_tokens_for_memory_are_refused(layout: Layout) -> None:
+def test_too_many_tokens_for_memory_are_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     table = candidates(100)
     embedder = Embedder(Compact(TINY))
-    embedder.token_shape = (36, 1_000_000)
+    monkeypatch.setattr(Embedder, "token_shape", (36, 1_000_000))
     with pytest.raises(ValueError, match=r"rerank\.tokens_mb allows 2,048"):
         rerank_run.gather(table, FakeItems(), embedder, config(layout), fields="image")  # type: ignore[arg-type]
 
