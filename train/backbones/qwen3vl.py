@@ -77,7 +77,8 @@ class Qwen3VL(Backbone):
             skip = "visual." if config.freeze_vision else ""
             lora.adapt(model, config.lora_modules, config.lora_rank, config.lora_alpha, skip=skip)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before 5.23
+            enable({"use_reentrant": False})
         self.train_only(images=True, texts=True)
         self.train()
 
