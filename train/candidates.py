@@ -52,11 +52,11 @@ class CellIndex:
     """faiss: rows in the cells of an inverted multi-index, one byte a dimension; looks into the cells nearest to a vector.
 
     Halves of a vector have 2^bits centres each, and a cell is a pair of them: sorting n rows into 4^bits cells costs n D 2^bits,
-    where one level of as many cells would cost n D 4^bits. A cell holds some dozens of rows whatever n is, so that a search does
-    not grow with n.
+    where one level of as many cells would cost n D 4^bits. A cell holds some dozens of rows whatever n is, and as many cells are
+    visited as hold some 1,500 rows, so that a search does not grow with n.
     """
 
-    A_CELL, VISITED, TRAINED_ON = 40, 48, 100_000
+    A_CELL, VISITED, TRAINED_ON = 40, 1536, 100_000
 
     def build(self, blocks: Blocks, n: int) -> None:
         import faiss
@@ -66,11 +66,11 @@ class CellIndex:
         for _, rows in blocks():
             x = np.ascontiguousarray(rows.float().cpu().numpy())
             if index is None:
-                index = faiss.index_factory(x.shape[1], f"IMI2x{bits},SQ8", faiss.METRIC_INNER_PRODUCT)
+                index = faiss.index_factory(x.shape[1], f"IMI2x{bits},SQ8")
                 index.train(self._sample(blocks, n) if n > len(x) else x)
             index.add(x)
         assert index is not None
-        faiss.extract_index_ivf(index).nprobe = self.VISITED
+        faiss.extract_index_ivf(index).nprobe = max(1, self.VISITED * 4**bits // n)
         self.index = index
 
     def _sample(self, blocks: Blocks, n: int) -> np.ndarray:
@@ -78,7 +78,8 @@ class CellIndex:
         return np.concatenate([rows[::every].float().cpu().numpy() for _, rows in blocks()])
 
     def search(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        cosine, found = self.index.search(vectors.float().cpu().numpy(), k)
+        squared, found = self.index.search(vectors.float().cpu().numpy(), k)
+        cosine = 1 - squared / 2  # of vectors of length 1; the multi-index knows distances only
         cosine[found < 0] = -np.inf
         return torch.from_numpy(cosine).to(vectors.device), torch.from_numpy(found.clip(0)).to(vectors.device)
 

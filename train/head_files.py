@@ -93,7 +93,7 @@ def parts(folder: Path) -> list[Part]:
         known = [f"{rank} of {world}" for world, rank in found]
         raise ValueError(f"the checkpoint at {folder} needs the head's rows of every worker of one run; it holds those of workers {known}")
     read = [Part(folder / f"head-{rank}-of-{worlds[0]}.safetensors") for rank in range(worlds[0])]
-    keys = ("rows", "dim", "subcentres", "seed", "rule", "dtype", "step")
+    keys = ("rows", "dim", "subcentres", "seed", "rule", "dtype", "born")
     if odd := [r for r, part in enumerate(read) if any(part.said[k] != read[0].said[k] for k in keys)]:
         raise ValueError(f"the checkpoint at {folder} is of two minds: workers {odd} say {read[odd[0]].said}, worker 0 {read[0].said}")
     return read

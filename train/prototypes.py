@@ -6,52 +6,29 @@ is dropped (METHOD.md section 2, stage 3). Rows and their optimizer are the head
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from train import candidates, head_files
 from train.capacity import Capacity, capacity, room_here
-from train.losses import angular_margin, prefix, reference_loss, weighted_mean
+from train.head_batch import Batch, everyones
+from train.head_config import HeadConfig
+from train.head_loss import Columns, Objective, cross_entropies
+from train.losses import reference_loss, weighted_mean
 from train.masks import Duplicates
-from train.rows import SCALARS, UNWRITTEN, Rows, Start, Storage, pseudo_random_rows
-from train.sharding import all_reduce, gather, gathered_rows, shard_range, sharded_cross_entropy
+from train.neighbourhood import Neighbourhood
+from train.rows import SCALARS, UNWRITTEN, Fetched, Rows, Start, merged, pseudo_random_rows
+from train.sharding import gather, gathered_rows, shard_range
 
 __all__ = ["HeadConfig", "PrototypeHead", "capacity", "gather", "reference_loss", "shard_range", "whole_head"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 APART = 0.5  # how far further sub-centres start from the centroid: a cosine of 0.89, near enough to win members, not to be the same
-LOOKED_UP = 4096  # prototypes whose neighbours are looked up together
-
-
-class HeadConfig(BaseModel):
-    """`neighbours`, `random` and `refresh` matter to the sparse form; `filter` is a cosine, 0 is off."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["full", "sparse"] = "full"
-    neighbours: Annotated[int, Field(ge=1)] = 64  # nearest prototypes of each target that enter the denominator
-    random: Annotated[int, Field(ge=0)] = 2048  # further prototypes drawn at random a step, over all workers
-    refresh: Annotated[int, Field(ge=1)] = 200  # steps between rebuilds of the index over the prototypes
-    storage: Storage = "device"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    subcentres: Annotated[int, Field(ge=1, le=16)] = 1  # rows a prototype, the nearest counts (sub-centre ArcFace)
-    filter: Annotated[float, Field(ge=0, le=1)] = 0.0  # other prototypes with a cosine above it take no part
-
-
-@dataclass
-class _Fetched:
-    """Rows of one loss, until the update: ids (n,) ascending, their values as a leaf, and how often each won its target."""
-
-    ids: Tensor
-    leaf: Tensor
-    wins: Tensor
-    step: int
 
 
 class PrototypeHead:
@@ -95,9 +72,20 @@ class PrototypeHead:
             device=self.device,
             folder=folder,
         )
-        self.given_index, self.step, self.born = index, 0, None
-        self.pending: list[_Fetched] = []
-        self._forget_neighbours()
+        self.neighbourhood = Neighbourhood(
+            rows,
+            dim,
+            self.start,
+            self.stop,
+            self._dominant,
+            refresh=config.refresh,
+            device=self.device,
+            group=group,
+            world=world,
+            index=index,
+        )
+        self.born: int | None = None  # the first step since the rows started; no row is stale before
+        self.pending: list[Fetched] = []
 
     def _start_rule(self, start: Start | None) -> Start:
         k = self.config.subcentres
@@ -111,11 +99,6 @@ class PrototypeHead:
     def _apart(self, centres: Tensor, noise: Tensor, sub: Tensor) -> Tensor:
         """Centres (n, D), moved where they are a further sub-centre: equal rows would stay equal for ever."""
         return torch.where((sub > 0)[:, None], F.normalize(F.normalize(centres, dim=1) + APART * noise, dim=1), centres)
-
-    def _forget_neighbours(self) -> None:
-        self.index: candidates.Index | None = None
-        self.near_known: dict[int, np.ndarray] = {}
-        self.built_ago = 0
 
     # --- Rows
 
@@ -151,7 +134,7 @@ class PrototypeHead:
             rows = self._apart(centres, pseudo_random_rows(ids + self.store.first, self.dim, self.seed), sub)
             self.store.write(ids, torch.where(centres.any(1, keepdim=True), rows, self.store.start_values(ids)))
         self.pending, self.born = [], None
-        self._forget_neighbours()
+        self.neighbourhood.forget()
 
     def whole(self) -> Tensor:
         """(U, D) on every worker: normalised, of the sub-centres the dominant one. Collective; for a U that fits."""
@@ -166,51 +149,13 @@ class PrototypeHead:
         last = self.store.scalars[: self.store.used, 2]
         return 1 - int((last > step - age).sum()) / self.store.n
 
-    # --- Neighbours
-
-    def _blocks(self) -> candidates.Blocks:
-        return candidates.normalised(self._dominant, self.stop - self.start, self.device)
-
-    def _fresh_index(self) -> candidates.Index:
-        if self.index is None or self.built_ago >= self.config.refresh:
-            self._forget_neighbours()
-            self.index = self.given_index or candidates.suitable(self.stop - self.start, self.device)
-            self.index.build(self._blocks(), self.stop - self.start)
-        return self.index
-
-    def _look_up(self, ids: np.ndarray, k: int) -> np.ndarray:
-        """(n, k) global ids of the nearest others, -1 where the index found fewer. Collective."""
-        index = self._fresh_index()
-        itself = torch.from_numpy(ids).to(self.device)
-        mine = (itself >= self.start) & (itself < self.stop)
-        vectors = torch.zeros(len(ids), self.dim, device=self.device)
-        vectors[mine] = F.normalize(self._dominant(itself[mine] - self.start), dim=1)
-        all_reduce(vectors, group=self.group, world=self.world)
-        found, cosine = candidates.nearest_of_all(index, vectors, itself, k, first=self.start, group=self.group, world=self.world)
-        return found.masked_fill(cosine == float("-inf"), -1).cpu().numpy()
-
     def near(self, labels: np.ndarray, k: int) -> np.ndarray:
         """(n, k) global ids of the nearest other prototypes of each label, best first, by the whole row; k is bounded by U - 1.
 
-        The same on every worker. Collective. Exact up to 50,000 prototypes a worker and on a GPU; beyond, the index of the last
-        refresh is asked, and where its cells hold fewer than k a row is filled up by repeating what was found.
+        The same on every worker. Collective. Exact up to 50,000 prototypes a worker and on a GPU; beyond, by the index of the
+        last refresh (`train.neighbourhood.Neighbourhood.near`).
         """
-        labels, k = np.asarray(labels, np.int64), min(k, self.rows - 1)
-        parts = [self._look_up(labels[a : a + LOOKED_UP], k) for a in range(0, len(labels), LOOKED_UP)]
-        found = np.concatenate(parts) if parts else np.empty((0, k), np.int64)
-        if (found[:, :1] < 0).any():  # nothing in its cells: any other prototype will do
-            found[:, 0] = np.where(found[:, 0] < 0, (labels + 1) % self.rows, found[:, 0])
-        known = np.maximum((found >= 0).sum(1, keepdims=True), 1)
-        return np.take_along_axis(found, np.arange(k)[None] % known, 1)
-
-    def _neighbours(self, targets: np.ndarray) -> np.ndarray:
-        """Global ids (T * k,) of the targets' neighbours, of which some may be -1; looked up once between rebuilds. Collective."""
-        self._fresh_index()
-        missing = np.array([t for t in targets.tolist() if t not in self.near_known], np.int64)
-        if len(missing):
-            found = self._look_up(missing, min(self.config.neighbours, self.rows - 1))
-            self.near_known.update(zip(missing.tolist(), found, strict=True))
-        return np.concatenate([self.near_known[t] for t in targets.tolist()])
+        return self.neighbourhood.near(labels, k)
 
     # --- The step
 
@@ -218,27 +163,9 @@ class PrototypeHead:
         """Local prototypes (C,), ascending, that this worker's columns are. Collective."""
         if self.config.kind == "full":
             return self._all_own()
-        targets = np.unique(labels.cpu().numpy())
         random = candidates.random_share(self.rows, self.config.random, seed=self.seed, step=step)
-        chosen = np.unique(np.concatenate([targets, self._neighbours(targets), random]))
-        chosen = chosen[(chosen >= self.start) & (chosen < self.stop)] - self.start
+        chosen = self.neighbourhood.candidates(np.unique(labels.cpu().numpy()), self.config.neighbours, random)
         return torch.from_numpy(chosen).to(self.device)
-
-    def _check(self, h: Tensor, labels: Tensor, weights: Tensor | None, prefixes: Sequence[int]) -> None:
-        """ValueError, on every worker alike, for what would hang or mislead further on. Collective."""
-        if bad := [d for d in prefixes if not 1 <= d <= self.dim]:
-            raise ValueError(f"prefixes {bad} are not in 1..{self.dim}, the head's dimensions")
-        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-        said = torch.tensor([[len(h), len(labels), low, high, int(weights is not None)]], device=self.device)
-        said = (gather(said, group=self.group) if self.world > 1 else said).tolist()
-        if len({(n, weighted) for n, _, _, _, weighted in said}) > 1 or any(n != y for n, y, *_ in said):
-            raise ValueError(f"every worker needs as many embeddings as labels, and as the others; found (embeddings, labels, ...) {said}")
-        if not said[0][0]:
-            raise ValueError("the batch is empty; the head needs at least 1 embedding a worker")
-        for worker, (_, _, low, high, _) in enumerate(said):
-            if low < 0 or high >= self.rows:
-                bad = low if low < 0 else high
-                raise ValueError(f"label {bad} of worker {worker} is not among the {self.rows} prototypes; allowed are 0..{self.rows - 1}")
 
     def loss(
         self,
@@ -257,67 +184,28 @@ class PrototypeHead:
         with tau = 1 / scale. After `backward`, `update` moves the rows; several losses of one step add up until then, those of
         earlier steps are dropped. Sparse: candidates are chosen for each loss by its own targets. Collective.
         """
-        labels_b = labels_b.to(self.device)
-        self._check(h_bD, labels_b, weights_b, prefixes)
-        everywhere = self.world > 1
-        labels = gather(labels_b, group=self.group) if everywhere else labels_b
-        weights = weights_b if weights_b is None else weights_b.to(self.device).float()
-        weights = gather(weights, group=self.group) if everywhere and weights is not None else weights
-        if weights is not None and not (weights.min() >= 0 and weights.sum() > 0):
-            raise ValueError(f"weights are at least 0 and not all 0; found {weights.min().item()} to {weights.max().item()}")
+        if bad := [d for d in prefixes if not 1 <= d <= self.dim]:
+            raise ValueError(f"prefixes {bad} are not in 1..{self.dim}, the head's dimensions")
+        batch = Batch(labels=labels_b.to(self.device), weights=None if weights_b is None else weights_b.to(self.device).float())
+        labels, weights = everyones(batch, len(h_bD), self.rows, group=self.group, world=self.world)
+        own = self._columns(labels, step)
+        ids = self._row_ids(own)
+        leaf = self.store.fetch(ids).requires_grad_(torch.is_grad_enabled())
+        columns = Columns(ids=own + self.start, rows=leaf, subcentres=self.config.subcentres)
+        objective = Objective(prefixes=prefixes, scale=scale, margin=margin, filter=self.config.filter)
         with torch.autocast(self.device.type, enabled=False):
             h = h_bD.float()
-            h = gather(h, scale=float(self.world), group=self.group) if everywhere else h
-            each_PB = self._cross_entropies(h, labels, self._columns(labels, step), prefixes, scale, margin, step)
-            return weighted_mean(each_PB.mean(0), weights)
-
-    def _cross_entropies(
-        self, h: Tensor, labels: Tensor, own: Tensor, prefixes: Sequence[int], scale: float, margin: float, step: int
-    ) -> Tensor:
-        """(P, B) of the global batch, with this worker's columns `own`; remembers the rows for the update. Collective."""
-        k, ids = self.config.subcentres, self._row_ids(own)
-        leaf = self.store.fetch(ids).requires_grad_(torch.is_grad_enabled())
-        mine = (labels >= self.start) & (labels < self.stop)
-        column = torch.searchsorted(own, labels - self.start).clamp(max=max(len(own) - 1, 0))
-        rows = mine.nonzero()[:, 0]
-        logits, targets, winner = [], [], column[rows]
-        for dim in prefixes:
-            x, w = prefix(h, dim), F.normalize(leaf[:, :dim], dim=1)
-            logits.append(self._nearest_sub(scale * x @ w.T))
-            to_target = torch.einsum("bd,bkd->bk", x[rows], w.view(len(own), k, dim)[column[rows]])
-            with_margin = scale * angular_margin(to_target.amax(1), margin)
-            targets.append(torch.zeros(len(h), device=self.device).index_put((rows,), with_margin))
-            winner = to_target.argmax(1) if dim == max(prefixes) else winner
-        out = self._left_out(h, leaf, labels, own)
-        stacked = torch.stack(logits)
-        if out is not None:
-            stacked = stacked.masked_fill(out, float("-inf"))
-        self._remember(ids, leaf, column[rows] * k + winner, step)
-        return sharded_cross_entropy(stacked, torch.stack(targets), column, mine, group=self.group, world=self.world)
-
-    def _nearest_sub(self, cosine: Tensor) -> Tensor:
-        """(B, C * K) -> (B, C)"""
-        k = self.config.subcentres
-        return cosine if k == 1 else cosine.unflatten(1, (-1, k)).amax(2)
-
-    @torch.no_grad()
-    def _left_out(self, h: Tensor, leaf: Tensor, labels: Tensor, own: Tensor) -> Tensor | None:
-        """(B, C) where a column takes no part: inter-class filtering by the whole embedding, known duplicates. None where none can be."""
-        out = None
-        if self.config.filter:
-            out = self._nearest_sub(F.normalize(h, dim=1) @ F.normalize(leaf, dim=1).T) > self.config.filter
-        if len(self.duplicates):
-            out = torch.zeros(len(h), len(own), dtype=torch.bool, device=self.device) if out is None else out
-            self.duplicates.mark(out, labels, own + self.start)
-        return out
+            h = gather(h, scale=float(self.world), group=self.group) if self.world > 1 else h
+            each, won = cross_entropies(h, labels, columns, objective, self.duplicates, group=self.group, world=self.world)
+        self._remember(ids, leaf, won, step)
+        return weighted_mean(each.mean(0), weights)
 
     def _remember(self, ids: Tensor, leaf: Tensor, won: Tensor, step: int) -> None:
         if not leaf.requires_grad:
             return
         self.born = step if self.born is None else self.born
         self.pending = [p for p in self.pending if p.step == step]
-        self.pending.append(_Fetched(ids, leaf, torch.bincount(won, minlength=len(ids)), step))
-        self.step = step
+        self.pending.append(Fetched(ids=ids, leaf=leaf, wins=torch.bincount(won, minlength=len(ids)), step=step))
 
     def discard(self) -> None:
         """Forget the gradients of this step: a step that is skipped must not move rows."""
@@ -325,21 +213,12 @@ class PrototypeHead:
 
     def update(self, lr: float) -> None:
         """Move the rows that this step's losses used, by their gradients; the optimizer's state and the rows are written back."""
-        used = [p for p in self.pending if p.leaf.grad is not None]
+        used = [p for p in self.pending if p.leaf.grad is not None and len(p.ids)]
         self.pending = []
-        self.built_ago += 1
-        if not used or not sum(len(p.ids) for p in used):
-            return
-        ids, leaf, grad, wins = used[0].ids, used[0].leaf.detach(), used[0].leaf.grad, used[0].wins
-        assert grad is not None
-        if len(used) > 1:
-            ids, at = torch.cat([p.ids for p in used]).unique(return_inverse=True)
-            leaf = grad.new_empty(len(ids), self.dim).index_copy_(0, at, torch.cat([p.leaf.detach() for p in used]))
-            grad = torch.zeros_like(leaf).index_add_(0, at, torch.cat([p.leaf.grad for p in used if p.leaf.grad is not None]))
-            wins = torch.zeros_like(ids).index_add_(0, at, torch.cat([p.wins for p in used]))
-        seed = int(np.random.SeedSequence((self.seed, self.step, self.rank)).generate_state(1)[0])
-        generator = torch.Generator(self.device).manual_seed(seed)
-        self.store.descend(ids, leaf, grad, wins, lr=lr, step=self.step, generator=generator)
+        self.neighbourhood.moved()
+        if used:
+            seed = int(np.random.SeedSequence((self.seed, used[0].step, self.rank)).generate_state(1)[0])
+            self.store.descend(merged(used), lr=lr, generator=torch.Generator(self.device).manual_seed(seed))
 
     # --- Files, and what it all takes
 
@@ -361,12 +240,12 @@ class PrototypeHead:
             raise ValueError(f"the checkpoint at {folder} has {[(k, said[k]) for k in bad]}, this run {[(k, own[k]) for k in bad]}")
         old = head_files.old_ids(mapping, self.rows, said["rows"])
         head_files.take(self.store, read, old, seed=self.seed, rule=self.rule)
-        self.born, self.step, self.pending = said["born"], said["step"], []
-        self._forget_neighbours()
+        self.born, self.pending = said["born"], []
+        self.neighbourhood.forget()
 
     def _said(self) -> dict[str, Any]:
         """What a checkpoint says of the head besides its rows."""
-        said = {k: getattr(self, k) for k in ("rows", "dim", "seed", "rule", "born", "step")}
+        said = {k: getattr(self, k) for k in ("rows", "dim", "seed", "rule", "born")}
         return {**said, "subcentres": self.config.subcentres, "dtype": self.config.dtype}
 
     def capacity(self, *, batch: int = 256, prefixes: int = 1, workers_here: int = 1) -> Capacity:

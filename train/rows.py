@@ -5,7 +5,8 @@ from its first step on. So files are sparse, and the state of a billion rows cos
 """
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,29 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, *, storage: Storage, de
         mapped = mmap.mmap(file.fileno(), size)
     mapped.madvise(mmap.MADV_RANDOM)  # rows are visited in no order: reading ahead would only fill the memory
     return torch.frombuffer(mapped, dtype=dtype, count=int(np.prod(shape))).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """Rows of one step: distinct ids (n,), their values (n, D) as a leaf that gets a gradient, how often each was the nearest sub-centre
+    of its own prototype."""
+
+    ids: Tensor
+    leaf: Tensor
+    wins: Tensor
+    step: int
+
+
+def merged(used: Sequence[Fetched]) -> Fetched:
+    """Several losses of one step as one: gradients and wins of the same row add up."""
+    if len(used) == 1:
+        return used[0]
+    ids, at = torch.cat([p.ids for p in used]).unique(return_inverse=True)
+    rows = torch.cat([p.leaf.detach() for p in used])
+    leaf = rows.new_empty(len(ids), rows.shape[1]).index_copy_(0, at, rows)
+    leaf.grad = torch.zeros_like(leaf).index_add_(0, at, torch.cat([p.leaf.grad for p in used if p.leaf.grad is not None]))
+    wins = torch.zeros_like(ids).index_add_(0, at, torch.cat([p.wins for p in used]))
+    return Fetched(ids=ids, leaf=leaf, wins=wins, step=used[0].step)
 
 
 class Rows:
@@ -147,24 +171,22 @@ class Rows:
             new[: self.used] = old[: self.used]
             setattr(self, name, new)
 
-    def descend(self, ids: Tensor, rows: Tensor, grad: Tensor, wins: Tensor, *, lr: float, step: int, generator: torch.Generator) -> None:
-        """One step of the optimizer for the distinct `ids`, whose values `rows` (n, D) and gradients are at hand; then they are written.
-
-        wins (n,): how often each was the nearest sub-centre of its own prototype.
-        """
-        ids = ids.to(self.home)
+    def descend(self, used: Fetched, *, lr: float, generator: torch.Generator) -> None:
+        """One step of the optimizer for the rows used, which are then written."""
+        grad = used.leaf.grad
+        assert grad is not None
+        ids = used.ids.to(self.home)
         places = self.places(ids)
         scalars = self.scalars[places].to(self.device)
         count = scalars[:, 1] + 1
         first = self.moment[places].to(self.device).float().mul_(BETAS[0]).add_(grad, alpha=1 - BETAS[0])
         second = scalars[:, 0].contiguous().view(torch.float32) * BETAS[1] + grad.square().mean(1) * (1 - BETAS[1])
         spread = (second / (1 - BETAS[1] ** count)).sqrt() + EPS
-        moved = rows - first * (lr / ((1 - BETAS[0] ** count) * spread))[:, None]
+        moved = used.leaf.detach() - first * (lr / ((1 - BETAS[0] ** count) * spread))[:, None]
         self.weight[ids] = round_stochastically(moved, self.dtype, generator).to(self.home)
         self.moment[places] = first.to(self.home, self.dtype)
-        last = torch.full_like(count, step)
-        kept = torch.stack([second.view(torch.int32), count, last, scalars[:, 3] + wins.to(torch.int32)], 1)
-        self.scalars[places] = kept.to(self.home)
+        kept = [second.view(torch.int32), count, torch.full_like(count, used.step), scalars[:, 3] + used.wins.to(torch.int32)]
+        self.scalars[places] = torch.stack(kept, 1).to(self.home)
 
     def scalar(self, name: str, ids: Tensor) -> Tensor:
         """(n,) int32 of distinct or repeated ids, 0 where a row has no state."""
