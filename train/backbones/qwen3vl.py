@@ -69,6 +69,7 @@ class Qwen3VL(Backbone):
             raise ValueError(f"dim {config.dim} was asked of the model at {config.path}, whose hidden size is {found}; it must be that")
         self.config, self.dim, self.side = config, config.dim, config.side
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        image_processor.size = dict.fromkeys(("shortest_edge", "longest_edge"), config.side**2)  # as many pixels for others, too
         start = _add_token(model, tokenizer)
         self.turns = Turns(tokenizer, cells=config.side // CELL, length=config.text_length)
         self.squares = Squares(model.visual, config.side)
@@ -167,10 +168,9 @@ def _open(place: str, config: Qwen3VLConfig) -> tuple[Any, Any, Any]:
         pictures = Qwen2VLImageProcessorPil.from_pretrained(place)
     except OSError as error:
         raise ValueError(f"no Qwen3-VL model at {place!r}: neither a folder of one nor a hub name that can be reached ({error})") from error
-    vision, area = model.config.vision_config, config.side**2
+    vision = model.config.vision_config
     if (vision.patch_size * vision.spatial_merge_size, pictures.patch_size, pictures.merge_size) != (CELL, 16, 2):
         raise ValueError(f"the model at {place} does not see {CELL} x {CELL} pixels a token, as this backbone expects")
-    pictures.size = {"shortest_edge": area, "longest_edge": area}
     tokenizer.chat_template = TEMPLATE
     tokenizer.padding_side = "right"
     _no_closing_token(tokenizer)
@@ -195,4 +195,6 @@ def _add_token(model: Any, tokenizer: Any) -> Tensor:
     if at >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     rows = model.get_input_embeddings().weight.detach()
-    return rows[tokenizer.convert_tokens_to_ids(STARTS_AS) if new else at]
+    if new:
+        rows[at] = rows[tokenizer.convert_tokens_to_ids(STARTS_AS)]
+    return rows[at]
