@@ -40,7 +40,7 @@ class Columns:
         if not len(self.ids):
             mine = torch.zeros_like(labels, dtype=torch.bool)
             return torch.zeros_like(labels), mine, mine.nonzero()[:, 0]
-        column = torch.searchsorted(self.ids, labels).clamp(max=len(self.ids) - 1)
+        column = torch.searchsorted(self.ids, labels.contiguous()).clamp(max=len(self.ids) - 1)
         mine = self.ids[column] == labels
         return column, mine, mine.nonzero()[:, 0]
 

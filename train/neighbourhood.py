@@ -19,6 +19,7 @@ class Neighbourhood:
     """`own(ids) -> (n, D)` gives rows of this worker's prototypes `start` to `stop`, ids counted from `start`.
 
     Neighbours are looked up by the whole row, which is what is served; not by its prefixes. Every worker makes the same calls.
+    Index and lists are in no checkpoint: a run that goes on builds them anew, so that its lists are fresher than they would have been.
     """
 
     def __init__(

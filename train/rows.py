@@ -138,7 +138,8 @@ class Rows:
         return rows
 
     def start_values(self, ids: Tensor) -> Tensor:
-        return self.start(ids.to(self.device) + self.first).to(self.device).float()
+        """What rows that nobody wrote are, (n, D) as exact as they would be stored."""
+        return self.start(ids.to(self.device) + self.first).to(self.device, self.dtype).float()
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Put rows (n, D) of `dtype` at ids; what the optimizer knows of them stays."""
