@@ -153,7 +153,7 @@ class Rows:
         slots = self.slot[ids]
         new = ids[slots <= 0]
         if len(new):
-            self._make_room(self.used + len(new))
+            self.reserve(self.used + len(new))
             given = torch.arange(self.used, self.used + len(new), device=self.home)
             self.moment[given] = 0
             self.scalars[given] = 0
@@ -162,7 +162,8 @@ class Rows:
             slots = self.slot[ids]
         return slots.long() - 1
 
-    def _make_room(self, wanted: int) -> None:
+    def reserve(self, wanted: int) -> None:
+        """Room for the state of `wanted` rows, so that it need not grow step by step."""
         if wanted <= len(self.moment):
             return
         room = min(self.n, max(wanted, len(self.moment) * 3 // 2))

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +16,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 log = logging.getLogger("bench")
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +54,8 @@ class Watch:
 
     def look(self, *, memory: bool, alive: int) -> None:
         """`alive`: the child that somebody else waits for; orphans that were handed to this process and ended are buried here."""
+        import psutil  # here, because benchmarks that measure no process tree run where it is not installed
+
         pss = 0
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -78,6 +79,8 @@ def adopt_orphans() -> None:
 
 def bury(patience: float) -> None:
     """Wait until nothing is left below this process; what outlives `patience` seconds is killed."""
+    import psutil
+
     end = time.monotonic() + patience
     while psutil.Process().children():
         with suppress(ChildProcessError):
@@ -197,6 +200,10 @@ def same(figure: Figure, bar: float) -> Figure:
     return Figure(**{**asdict(figure), "bar": f"{1 / bar:.2f} to {bar:.2f}", "holds": 1 / bar <= figure.ratio <= bar})
 
 
+def at_most(figure: Figure, bar: float) -> Figure:
+    return Figure(**{**asdict(figure), "bar": f"<= {bar}", "holds": figure.ratio <= bar})
+
+
 def verdict(figures: Iterable[Figure]) -> bool:
     return all(figure.holds for figure in figures if figure.holds is not None)
 
@@ -225,6 +232,8 @@ def table(runs: Iterable[Run], figures: Iterable[Figure]) -> str:
 
 
 def _commit() -> str:
+    if not shutil.which("git"):
+        return "unknown"
     told = [
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
@@ -234,18 +243,19 @@ def _commit() -> str:
 
 def surroundings(job: str, packages: Iterable[str]) -> dict[str, Any]:
     """Where and of what the figures of `job` are; packages: the distributions whose versions matter to them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "command": f"python -m {job} {' '.join(sys.argv[1:])}".strip(),
         "commit": _commit(),
-        "machine": f"{os.cpu_count()} x {models[0] if models else platform.machine()}, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "machine": f"{os.cpu_count()} x {models[0] if models else platform.machine()}, {memory / 2**30:.0f} GiB",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 
 
-def save(name: str, told: Mapping[str, Any]) -> str:
+def save(name: str, told: Mapping[str, Any], *, hardware: str = f"{os.cpu_count()}cpu") -> str:
     """Where the figures of benchmark `name` are kept; they name no folder of this machine."""
-    path = ROOT / "benchmarks" / "results" / f"{name}_{os.cpu_count()}cpu_{time.strftime('%Y-%m-%d')}.json"
+    path = ROOT / "benchmarks" / "results" / f"{name}_{hardware}_{time.strftime('%Y-%m-%d')}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(told, indent=1).replace(f"{ROOT}/", "") + "\n")
     return str(path.relative_to(ROOT))
