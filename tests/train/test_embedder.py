@@ -17,7 +17,6 @@ from train.backbones.base import Backbone, computes_bf16
 from train.backbones.compact import EMB, Compact, CompactConfig, tokenize
 from train.backbones.qwen3vl import Qwen3VLConfig
 from train.embedder import Embedder, HistogramEmbedder, by_length
-from train.export import model_card
 
 COMPACT = CompactConfig(dim=32, widths=(8, 16, 16, 32), text_dim=16)
 
@@ -174,14 +173,6 @@ def test_what_only_compact_has_is_named(qwen_folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match="cannot be had of a Qwen3VL embedder yet"):
             ask()
-
-
-def test_the_model_card_has_every_figure() -> None:
-    card = model_card({"held_R@1": 0.41, "speed": {"images/s": 900}}, Qwen3VLConfig().model_dump())
-    assert card.startswith("---\nlicense: apache-2.0\n")
-    for line in ("base_model: Qwen/Qwen3-VL-Embedding-2B", "| held_R@1 | 0.41 |", "| speed.images/s | 900 |", "| image_tokens | 64 |"):
-        assert line in card.splitlines()
-    assert "base_model" not in model_card({}, CompactConfig().model_dump())
 
 
 def test_image_tokens_have_the_promised_shape(embedder):

@@ -13,7 +13,7 @@ from benchmarks.tools import qwen_model
 from train import backbones
 from train.backbones import lora, squares
 from train.backbones.qwen3vl import EMBEDDINGS, OURS, Qwen3VL, Qwen3VLConfig
-from train.backbones.turns import EMB, TEMPLATE
+from train.backbones.turns import TEMPLATE
 
 TEXTS = ("the red mug", "a mug, very long as sellers write: <|EMB|> <|image_pad|> gift box included", "théière n° 7")
 TEXT_ROWS, IMAGE_ROWS, COUNT = np.array([1, 0, 3]), np.array([4, 0, 2]), 5
@@ -223,27 +223,6 @@ def test_the_added_token_starts_where_the_family_pools_and_finds_room(tmp_path: 
     assert isinstance(loaded, Qwen3VL)
     assert torch.equal(vectors(loaded), vectors(model))
     assert torch.equal(loaded.model.state_dict()[EMBEDDINGS][loaded.turns.emb], model.emb.detach())
-
-
-def test_others_find_the_embedding_at_the_last_token(qwen_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
-
-    model = opened(qwen_folder)
-    model.save(tmp_path)
-    words = AutoTokenizer.from_pretrained(tmp_path)
-    batch = words.apply_chat_template(
-        [[{"role": "user", "content": text}] for text in TEXTS[::2]], padding=True, return_dict=True, return_tensors="pt"
-    )
-    last = batch["attention_mask"].sum(1) - 1
-    assert (batch["input_ids"][torch.arange(2), last] == words.convert_tokens_to_ids(EMB)).all()
-    generator = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path).eval()
-    with torch.inference_mode():
-        hidden = generator(**batch, output_hidden_states=True).hidden_states[-1]
-        ours = model.eval()(model.collate(None, np.array([]), TEXTS[::2], np.arange(2), 2), 2)
-    assert (F.normalize(hidden[torch.arange(2), last], dim=1) - ours).abs().max() < 1e-5
-    modules = json.loads((tmp_path / "modules.json").read_text())
-    assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling", "Normalize"]
-    assert json.loads((tmp_path / "1_Pooling" / "config.json").read_text())["pooling_mode_lasttoken"]
 
 
 def test_what_is_wrong_is_said(qwen_folder: Path, tmp_path: Path) -> None:
