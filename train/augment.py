@@ -1,4 +1,7 @@
-"""What a second photo of the same thing may look like: geometry, light, colour and occlusion, on whole batches."""
+"""What a second photo of the same thing may look like: geometry, light, colour and occlusion, on whole batches, on any device.
+
+The generator is on the device of the pictures.
+"""
 
 import math
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 def _uniform(n: int, low: float, high: float, random: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=random) * (high - low) + low
+    return torch.rand(n, generator=random, device=random.device) * (high - low) + low
 
 
 def geometry(x: Tensor, side: int, random: torch.Generator, *, turn: float, zoom: float, shift: float) -> Tensor:
@@ -17,7 +20,7 @@ def geometry(x: Tensor, side: int, random: torch.Generator, *, turn: float, zoom
     angle = _uniform(n, -turn, turn, random)
     scale = torch.exp(_uniform(n, -math.log1p(zoom), math.log1p(zoom), random))
     aspect = torch.exp(_uniform(n, -0.1, 0.1, random))
-    theta = torch.zeros(n, 2, 3)
+    theta = torch.zeros(n, 2, 3, device=x.device)
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * scale * aspect, -angle.sin() * scale
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * scale, angle.cos() * scale / aspect
     theta[:, :, 2] = _uniform(2 * n, -2 * shift, 2 * shift, random).reshape(n, 2)
@@ -36,18 +39,19 @@ def colour(x: Tensor, random: torch.Generator, *, strength: float, grey: float) 
     x = (x - mean) * factor(-strength, strength) + mean * factor(-strength, strength)
     x = x * torch.exp(_uniform(3 * n, -strength / 2, strength / 2, random)).reshape(n, 3, 1, 1)
     luminance = x.mean(1, keepdim=True)
-    saturation = torch.where(torch.rand(n, generator=random) < grey, 0.0, _uniform(n, 1 - strength, 1 + strength, random))
+    saturation = _uniform(n, 1 - strength, 1 + strength, random) * (_uniform(n, 0, 1, random) >= grey)
     return luminance + (x - luminance) * saturation[:, None, None, None]
 
 
 def occlude(x: Tensor, random: torch.Generator, *, share: float, largest: float) -> Tensor:
-    """Cover a rectangle of up to `largest` of each side, in a share of the pictures, with one flat colour; in place."""
-    side = x.shape[2]
-    for i in torch.nonzero(torch.rand(len(x), generator=random) < share).flatten().tolist():
-        w, h = (max(2, int(side * u)) for u in (torch.rand(2, generator=random) * largest).tolist())
-        left, top = (int(u) for u in (torch.rand(2, generator=random) * torch.tensor([side - w, side - h])).tolist())
-        x[i, :, top : top + h, left : left + w] = torch.rand(3, 1, 1, generator=random)
-    return x
+    """Cover a rectangle of up to `largest` of each side, in a share of the pictures, with one flat colour."""
+    n, side = len(x), x.shape[2]
+    size = (_uniform(2 * n, 0, largest, random).reshape(n, 2) * side).clamp(min=2)
+    start = _uniform(2 * n, 0, 1, random).reshape(n, 2) * (side - size)
+    at = torch.arange(side, device=x.device)
+    inside = (at >= start[..., None]) & (at < (start + size)[..., None])  # (n, 2, side): across, down
+    covered = inside[:, 0, None, :] & inside[:, 1, :, None] & (_uniform(n, 0, 1, random) < share)[:, None, None]
+    return torch.where(covered[:, None], _uniform(3 * n, 0, 1, random).reshape(n, 3, 1, 1), x)
 
 
 def photo(pixels: Tensor, side: int, random: torch.Generator, *, strength: float = 1.0) -> Tensor:

@@ -2,10 +2,12 @@
 
 Shapes: B items, S pixels a side, L tokens, D embedding dimensions, T image tokens of C channels.
 The joint embedding of an item is the normalised sum of what its picture and its text say (docs/decisions/0002), so an item
-may have either or both, and the text model's answer is its hidden state at the one added token, as METHOD.md section 2 has it.
+may have either or both. A text says what its character n-grams say (docs/decisions/0006), and on top of that the hidden state of
+a causal model at the one added token, as METHOD.md section 2 has it.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +37,7 @@ class CompactConfig(BaseModel):
     text_dim: int = 128
     text_layers: int = 2
     text_length: int = 48
+    ngrams: Annotated[int, Field(ge=1)] = 16384  # buckets that character n-grams are hashed into
 
 
 def tokenize(texts: Sequence[str], length: int) -> Tensor:
@@ -42,6 +45,47 @@ def tokenize(texts: Sequence[str], length: int) -> Tensor:
     rows = [[FIRST_BYTE + b for b in text.lower().encode("utf-8", "replace")[: length - 1]] + [EMB] for text in texts]
     longest = max(map(len, rows), default=1)
     return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), longest)
+
+
+def ngrams(texts: Sequence[str], buckets: int, shortest: int = 3, longest: int = 5) -> tuple[Tensor, Tensor]:
+    """Hashed character n-grams of each word, its ends marked: (total,) int64 buckets, and where each of the n texts starts in it."""
+    found: list[int] = []
+    starts: list[int] = []
+    for text in texts:
+        starts.append(len(found))
+        for word in text.lower().split():
+            marked = f" {word} "
+            for length in range(shortest, longest + 1):
+                found += [zlib.crc32(marked[i : i + length].encode("utf-8", "replace")) for i in range(len(marked) - length + 1)]
+    return torch.tensor(found, dtype=torch.int64) % buckets, torch.tensor(starts, dtype=torch.int64)
+
+
+class Lexicon(nn.Module):
+    """Texts as weighted sums of their n-grams' vectors: (n, D), L2-normalised.
+
+    Random vectors make it the sketch of a bag of n-grams (Johnson-Lindenstrauss), so that words never seen in training are
+    found by their letters from the first step; training moves words of one meaning together. `importance` is the logarithm
+    of each bucket's weight; `weigh` sets it to the inverse document frequency in the texts at hand.
+    """
+
+    def __init__(self, buckets: int, dim: int) -> None:
+        super().__init__()
+        # Adam's steps are of one size whatever the weights': at this size a thousand of them can move a vector, and ten cannot.
+        self.vectors = nn.Embedding(buckets, dim, _weight=torch.randn(buckets, dim) * 0.04)
+        self.importance = nn.Parameter(torch.zeros(buckets))
+
+    def forward(self, found: Tensor, starts: Tensor) -> Tensor:
+        weights = self.importance[found].exp()
+        return F.normalize(F.embedding_bag(found, self.vectors.weight, starts, mode="sum", per_sample_weights=weights), dim=1)
+
+    @torch.no_grad()
+    def weigh(self, texts: Sequence[str]) -> None:
+        buckets = len(self.importance)
+        documents = torch.zeros(buckets)
+        for text in texts:
+            documents[ngrams([text], buckets)[0].unique()] += 1
+        idf = ((1 + len(texts)) / (1 + documents)).log() + 1
+        self.importance.copy_((idf / idf.mean()).log())
 
 
 class Block(nn.Module):
@@ -113,6 +157,8 @@ class Compact(Backbone):
         self.image_out = nn.Linear(2 * config.widths[3], config.dim, bias=False)
         self.text = TextModel(config)
         self.text_out = nn.Linear(config.text_dim, config.dim, bias=False)
+        nn.init.zeros_(self.text_out.weight)  # the letters speak first
+        self.lexicon = Lexicon(config.ngrams, config.dim)
         self.text_weight = nn.Parameter(torch.tensor(0.0))  # log of the text's share in the sum
 
     @property
@@ -132,8 +178,8 @@ class Compact(Backbone):
         pooled = torch.cat([top.mean((2, 3)), top.amax((2, 3))], 1).float()  # what there is, and how strongly somewhere
         return F.normalize(self.image_out(self.pool_norm(pooled)).float(), dim=1)
 
-    def encode_texts(self, tokens_BL: Tensor) -> Tensor:
-        return F.normalize(self.text_out(self.text(tokens_BL)).float(), dim=1)
+    def encode_texts(self, tokens_BL: Tensor, found: Tensor, starts: Tensor) -> Tensor:
+        return F.normalize(self.lexicon(found, starts) + self.text_out(self.text(tokens_BL)).float(), dim=1)
 
     def image_tokens(self, x: Tensor) -> Tensor:
         """(n, 3, S, S) -> (n, T, C): the last two maps side by side, the coarser one repeated."""
@@ -146,7 +192,9 @@ class Compact(Backbone):
         if pixels is not None and len(image_rows):
             made |= {"pixels": pixels, "image_rows": torch.as_tensor(image_rows)}
         if len(text_rows):
-            made |= {"tokens": tokenize(texts, self.config.text_length), "text_rows": torch.as_tensor(text_rows)}
+            found, starts = ngrams(texts, self.config.ngrams)
+            tokens = tokenize(texts, self.config.text_length)
+            made |= {"tokens": tokens, "ngrams": found, "ngram_starts": starts, "text_rows": torch.as_tensor(text_rows)}
         return made
 
     def forward(self, inputs: Inputs, count: int) -> Tensor:
@@ -154,12 +202,13 @@ class Compact(Backbone):
         if "pixels" in inputs:
             total = total.index_add(0, inputs["image_rows"], self.encode_images(self.normalise(inputs["pixels"])))
         if "tokens" in inputs:
-            total = total.index_add(0, inputs["text_rows"], self.text_weight.exp() * self.encode_texts(inputs["tokens"]))
+            said = self.encode_texts(inputs["tokens"], inputs["ngrams"], inputs["ngram_starts"])
+            total = total.index_add(0, inputs["text_rows"], self.text_weight.exp() * said)
         return F.normalize(total, dim=1)
 
     def train_only(self, *, images: bool, texts: bool) -> None:
         self.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        for module in (self.text, self.text_out):
+        for module in (self.text, self.text_out, self.lexicon):
             module.requires_grad_(texts)
         for module in (self.vision, self.image_out, self.pool_norm):
             module.requires_grad_(images)
