@@ -57,7 +57,7 @@ def own_gradients(head):
 
 
 def worker(rank, world, out):
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # gloo threads beside OpenMP's: two would wait for one another
     dist.init_process_group("gloo", init_method=f"file://{out}/meet-{world}", rank=rank, world_size=world)
     net, x, rows = problem()
     net = DistributedDataParallel(net)
@@ -82,6 +82,11 @@ def worker(rank, world, out):
     nce.backward()
     dist.all_reduce(nce_mean := nce.detach().clone())
     said["nce"] = {"loss": nce_mean / world, "net": net.module.weight.grad}
+    few = PrototypeHead(3, D, HeadConfig(), rank=rank, world=world)  # some of four workers have no row
+    few.start_from(rows[:3])
+    few.loss(F.normalize(x[mine] @ torch.ones(5, D), dim=1), LABELS[mine] % 3, **SETTINGS).backward()
+    few.update(0.01)
+    said["few"] = {"all": few.whole(), "near": torch.from_numpy(few.near(np.arange(3), 2))}
     errors = []
     bad_batches = (torch.tensor([U] if rank else [0]), torch.tensor([], dtype=torch.int64), torch.arange(1 + rank))
     for bad in bad_batches if world > 1 else ():
@@ -99,7 +104,9 @@ def found(tmp_path_factory):
     """What each worker found, by the number of workers."""
     out = tmp_path_factory.mktemp("workers")
     known = {}
-    for world in (1, 2, 4):
+    worker(0, 1, str(out))
+    known[1] = [torch.load(out / "0-of-1.pt", weights_only=True)]
+    for world in (2, 4):
         mp.spawn(worker, args=(world, str(out)), nprocs=world)
         known[world] = [torch.load(out / f"{r}-of-{world}.pt", weights_only=True) for r in range(world)]
     return known
@@ -151,6 +158,13 @@ def test_the_number_of_workers_changes_nothing(found, case):
         for p in parts:
             assert torch.equal(p["near"], one["near"])
             torch.testing.assert_close(p["all"], one["all"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_without_a_row_take_part(found, world):
+    for p in found[world]:
+        torch.testing.assert_close(p["few"]["all"], found[1][0]["few"]["all"])
+        assert torch.equal(p["few"]["near"], found[1][0]["few"]["near"])
 
 
 def test_a_sparse_step_looks_at_a_part_that_holds_the_nearest(found):
