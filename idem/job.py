@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from idem import config
@@ -45,10 +45,23 @@ def guarded(job: str, run: Callable[[], dict[str, Any]]) -> int:
     return 0
 
 
-def main(job: str, table: str, model: type[config.T], run: Callable[[config.T], dict[str, Any]], argv: Sequence[str] | None = None) -> int:
-    """Parse the shared command line, load `table` of the run file into `model`, and run the job."""
+def main(
+    job: str,
+    table: str,
+    model: type[config.T],
+    run: Callable[[config.T], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    *,
+    switches: Mapping[str, tuple[str, str]] | None = None,
+) -> int:
+    """Parse the shared command line, load `table` of the run file into `model`, and run the job.
+
+    `switches` are short forms of `--set` that one job has: flag to (assignment, help).
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {job}", description=sys.modules[run.__module__].__doc__)
     parser.add_argument("run", help="run file (TOML)")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one setting of the run file")
+    for flag, (assignment, said) in (switches or {}).items():
+        parser.add_argument(flag, dest="set", action="append_const", const=assignment, help=f"{said} (--set {assignment})")
     arguments = parser.parse_args(argv)
     return guarded(job, lambda: run(config.load(arguments.run, table, model, arguments.set)))

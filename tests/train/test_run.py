@@ -1,27 +1,31 @@
-"""The training job on Ray Train, on a shop of a few products."""
+"""The training job on a shop of a few products: on Ray Train, without Ray, and by a table of assignments."""
 
+import json
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from idem import manifest, storage
+from idem import manifest, schema, storage
 from pipelines import catalog, ingest
-from train.backbones.compact import CompactConfig
+from pipelines.items import open_items
+from tests.train.small import MODEL, ignore
+from train import checkpoint
 from train.embedder import Embedder
-from train.loop import LoopConfig
+from train.loop import Trainer
 from train.run import TrainConfig, run
+from train.selection import name_prototypes
+from train.settings import LoopConfig
 
-MODEL = CompactConfig(side=32, dim=16, widths=(8, 8, 16, 16), text_dim=16, text_layers=1)
 
-
-def settings(root: str, steps: int = 40) -> TrainConfig:
-    loop = LoopConfig(model=MODEL, minutes=60, steps=steps, batch=16, prefixes=(8, 16), refresh=10, checkpoint_seconds=3.0)
-    return TrainConfig(root=root, fractions=(0.6, 0.2, 0.2), loop=loop)
+def settings(root: str, steps: int = 40, checkpoint_seconds: float = 3.0, **changes) -> TrainConfig:
+    loop = LoopConfig(model=MODEL, minutes=60, steps=steps, batch=16, prefixes=(8, 16), refresh=10, checkpoint_seconds=checkpoint_seconds)
+    return TrainConfig(root=root, fractions=(0.6, 0.2, 0.2), loop=loop, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +36,14 @@ def root(ray_session, tmp_path_factory) -> str:
     return folder
 
 
+def checkpoints(root: str) -> Path:
+    return Path(storage.Layout(root).embedder) / "checkpoints"
+
+
 def _kill_a_worker_after_a_checkpoint(root: str, killed: list[int]) -> None:
-    checkpoints = Path(storage.Layout(root).embedder) / "checkpoints"
     until = time.monotonic() + 200
     while time.monotonic() < until:
-        if list(checkpoints.glob("*/*/state.json")):
+        if list(checkpoints(root).glob("*/*/state.json")):
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
             if workers:
                 workers[0].kill()
@@ -47,10 +54,11 @@ def _kill_a_worker_after_a_checkpoint(root: str, killed: list[int]) -> None:
 
 @pytest.mark.ray
 def test_a_killed_worker_costs_steps_and_nothing_else(root):
+    """With both streams through Ray Data."""
     killed: list[int] = []
     assassin = threading.Thread(target=_kill_a_worker_after_a_checkpoint, args=(root, killed), daemon=True)
     assassin.start()
-    figures = run(settings(root, steps=200))
+    figures = run(settings(root, steps=200, stream_rows=1))
     assassin.join(1)
     assert killed, "no worker was killed: the run was over before its first checkpoint"
     assert figures["steps"] == 200
@@ -62,19 +70,43 @@ def test_a_killed_worker_costs_steps_and_nothing_else(root):
     prototypes = pq.read_table(Path(folder) / "prototypes.parquet")
     assert prototypes.num_rows == figures["products"]
     assert np.allclose(np.linalg.norm(np.stack(prototypes["vector"].to_numpy()), axis=1), 1, atol=1e-4)
-    assert not list((Path(storage.Layout(root).embedder) / "checkpoints").iterdir())
-    assert run(settings(root, steps=200))["skipped"]
+    assert not list(checkpoints(root).iterdir())
+    assert run(settings(root, steps=200, stream_rows=1))["skipped"]
 
 
 @pytest.mark.ray
 def test_products_never_to_be_trained_on_are_not(root):
     folder = manifest.current(storage.Layout(root).embedder, kind="embedder")
     known = set(pq.read_table(Path(folder) / "prototypes.parquet")["product_id"].to_pylist())
-    from pipelines.items import open_items
-
     unseen = open_items(storage.Layout(root).items).table(["product_id"], "id_split = 'dev_unseen'")["product_id"].to_pylist()
     assert unseen
     assert not known & set(unseen)
+
+
+@pytest.mark.ray
+def test_streams_of_ray_data_give_what_plain_reading_does(root):
+    """The same rows and pictures, whatever their order; so the same centroids and the same R@1."""
+    from train import ray_run
+
+    config = settings(root, stream_rows=1, workers=4)
+    layout = storage.Layout(root)
+    items = open_items(layout.items)
+    selection = config.selection(layout.items, items.version)
+    streams = ray_run.datasets(config, selection, layout.items, items.version)
+    plain, streamed = (Trainer(config.loop, selection.corpus(64), ignore) for _ in range(2))
+    streamed.corpus.streams = {
+        "members": lambda side: ray_run.blocks(streams["members"].iterator(), streamed.corpus.has_image, side),
+        "held": lambda side: ray_run.blocks(streams["held"].iterator(), None, side),
+    }
+    blocks = list(streamed.corpus.members(0, 1, MODEL.side))
+    rows, counted = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("rows", "counted"))
+    assert len(rows) % 4 == 0, "Ray Train cuts off what does not divide"
+    assert sorted(rows[counted].tolist()) == list(range(len(selection.offsets)))
+    assert blocks[0].pixels.dtype == np.uint8
+    difference = float((plain.centroids() - streamed.centroids()).abs().max())
+    print(f"largest difference of a centroid: {difference:.1e}")  # noqa: T201
+    assert difference < 1e-5
+    assert plain.encoder.held_recall() == streamed.encoder.held_recall()
 
 
 @pytest.mark.ray
@@ -83,6 +115,82 @@ def test_one_product_only_is_refused_in_words(ray_session, tmp_path):
     ingest.run(ingest.IngestConfig(root=str(tmp_path)))
     with pytest.raises(ValueError, match="at least 2 products to tell apart, found"):
         run(settings(str(tmp_path)))
+
+
+@pytest.mark.ray
+def test_a_run_without_ray_publishes_and_says_who_belongs_where(root):
+    figures = run(settings(root, steps=12, local=True))
+    folder = Path(manifest.current(storage.Layout(root).embedder, kind="embedder"))
+    made = manifest.read(str(folder), kind="embedder")
+    assert made.figures == figures
+    assert made.config["local"]
+    assert {"README.md", "assignments.parquet", "prototypes.parquet", "curves.json", "untrained.safetensors"} <= set(made.files)
+    table = pq.read_table(folder / "assignments.parquet")
+    assert table.schema.equals(schema.ASSIGNMENTS)
+    assert set(table["layer"].to_pylist()) == {"metadata"}
+    prototypes = pq.read_table(folder / "prototypes.parquet")
+    assert np.bincount(table["prototype_id"]).tolist() == prototypes["members"].to_pylist()
+    of = dict(zip(prototypes["prototype_id"].to_pylist(), prototypes["product_id"].to_pylist(), strict=True))
+    items = open_items(storage.Layout(root).items).take(table["item_id"].to_pylist(), ["product_id"])["product_id"].to_pylist()
+    assert items == [of[u] for u in table["prototype_id"].to_pylist()]
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_goes_on_from_its_checkpoint_also_elsewhere(root, monkeypatch):
+    """Cut off without Ray after the centroids, ended by two workers."""
+    keep, seen = checkpoint.keep, []
+
+    def fail_after(trainer: Trainer, folder: Path) -> Path:
+        seen.append(keep(trainer, folder))
+        if len(seen) == 2:
+            raise FloatingPointError("the loss is nan at step 16")
+        return seen[-1]
+
+    monkeypatch.setattr(checkpoint, "keep", fail_after)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 16\. Checkpoints are kept in"):
+        run(settings(root, steps=41, checkpoint_seconds=1e9, local=True))
+    assert [path.name for path in checkpoint.found(next(checkpoints(root).iterdir()))] == ["step-000000017"]
+    monkeypatch.undo()
+    figures = run(settings(root, steps=41, checkpoint_seconds=1e9))
+    folder = Path(manifest.current(storage.Layout(root).embedder, kind="embedder"))
+    assert figures["steps"] == 41
+    curves = json.loads((folder / "curves.json").read_text())
+    assert [c["stage"] for c in curves if "lr" in c][:3] == ["warm-up", "warm-up", "margin"]
+
+
+@pytest.mark.ray
+def test_labels_come_from_a_table_of_assignments_where_one_is_given(root, tmp_path):
+    """Two products merged into one prototype, one split in two, one item left out."""
+    layout = storage.Layout(root)
+    config = settings(root, steps=12, local=True)
+    selection = config.selection(layout.items, open_items(layout.items).version)
+    labels = selection.labels.copy()
+    labels[labels == 1] = 0
+    labels[np.flatnonzero(labels == 2)[0]] = 99
+    table = {
+        "item_id": selection.item_ids[1:],
+        "prototype_id": labels[1:],
+        "confidence": np.full(len(labels) - 1, 0.5, np.float32),
+        "layer": ["behaviour"] * (len(labels) - 1),
+    }
+    path = str(tmp_path / "assignments.parquet")
+    pq.write_table(pa.table(table, schema=schema.ASSIGNMENTS), path)
+    figures = run(settings(root, steps=12, local=True, assignments=path))
+    assert figures["products"] == len(np.unique(labels[1:]))
+    folder = Path(manifest.current(layout.embedder, kind="embedder"))
+    kept = pq.read_table(folder / "assignments.parquet")
+    assert kept["item_id"].to_pylist() == selection.item_ids[1:].tolist()
+    assert set(kept["confidence"].to_pylist()) == {0.5}
+    names = pq.read_table(folder / "prototypes.parquet")["product_id"].to_pylist()
+    assert f"{selection.names[2]}#part-99" in names
+    with pytest.raises(ValueError, match="no file of assignments at .*none"):
+        run(settings(root, steps=13, local=True, assignments=str(tmp_path / "none.parquet")))
+
+
+def test_prototypes_are_named_by_what_most_of_their_members_are():
+    names, labels = name_prototypes(np.array([7, 7, 7, 3, 3, 9]), ["b", "a", "b", "a", "a", "b"])
+    assert names.tolist() == ["a", "b", "b#part-9"]
+    assert labels.tolist() == [1, 1, 1, 0, 0, 2]
 
 
 def test_a_damaged_embedder_is_refused_by_name(tmp_path):

@@ -1,0 +1,39 @@
+"""Which ID each training row is taken for, and how much it counts: what curation may change in the course of a run."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train import plan
+
+PART = "#part-"  # between a product and a number, in the name of a prototype that is only a part of it
+
+
+class Labelling:
+    """`labels` (n,) in 0..U-1 and `weights` (n,) of 0 (left out) or more; `members` are the rows of each ID that count.
+
+    ValueError for a label outside 0..U-1 and for an ID of which no row is left.
+    """
+
+    def __init__(self, labels: np.ndarray, ids: int, weights: np.ndarray | None = None) -> None:
+        self.ids = ids
+        self.set(labels, np.ones(len(labels), np.float32) if weights is None else weights)
+        self.changed = False
+
+    def set(self, labels: np.ndarray, weights: np.ndarray) -> None:
+        """Change all at once; it is part of every later checkpoint."""
+        if len(bad := np.flatnonzero((labels < 0) | (labels >= self.ids))):
+            raise ValueError(f"row {bad[0]} has the label {labels[bad[0]]}; allowed are 0..{self.ids - 1} ({len(bad)} such rows)")
+        kept = np.flatnonzero(weights > 0)
+        if len(empty := np.setdiff1d(np.arange(self.ids), labels[kept])):
+            raise ValueError(f"no row is left of ID {empty[0]} ({len(empty)} such IDs of {self.ids}); each needs one that counts")
+        self.labels, self.weights, self.changed = labels.astype(np.int64), weights.astype(np.float32), True
+        self.members = plan.Members(self.labels[kept])
+        self.members.rows = kept[self.members.rows]
+        self.weighted = bool((self.weights[kept] != 1).any())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to know: nothing as long as nothing was changed."""
+        if not self.changed:
+            return {}
+        return {"labels": torch.from_numpy(self.labels).clone(), "weights": torch.from_numpy(self.weights).clone()}

@@ -1,0 +1,75 @@
+"""What can be set of a training run, and the schedules that follow its progress."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from train.backbones import BackboneConfig
+from train.backbones.compact import CompactConfig
+from train.prototypes import HeadConfig
+
+
+class LoopConfig(BaseModel):
+    """Training ends at `minutes` of wall time or at `steps`, whichever comes first; schedules follow the one that is ahead.
+
+    `warm_up` is the share of the run spent on InfoNCE: 0 goes to the centroids at once, 1 is InfoNCE all the way (the baseline).
+    `similar` and `warm_up_similar` are the shares of a batch whose IDs come with their nearest neighbours, in the margin stage and
+    in the warm-up (mined hard negatives; 0 is off). `accumulate` cuts a worker's batch into as many micro-batches for memory; the
+    loss still sees the whole batch, in both stages (train.descent).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: BackboneConfig = CompactConfig()
+    head: HeadConfig = HeadConfig()
+    minutes: Annotated[float, Field(gt=0)] = 2.0
+    steps: Annotated[int, Field(ge=1)] = 100_000
+    batch: Annotated[int, Field(ge=8)] = 128  # over all workers
+    per_id: Annotated[int, Field(ge=2)] = 2
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.4
+    warm_up_similar: Annotated[float, Field(ge=0, le=1)] = 0.0
+    prefixes: tuple[int, ...] = (64, 128, 256)
+    tau: Annotated[float, Field(gt=0)] = 0.1
+    scale: Annotated[float, Field(gt=0)] = 24.0
+    margin: Annotated[float, Field(ge=0, lt=1.5)] = 0.25
+    similar: Annotated[float, Field(ge=0, le=1)] = 0.5
+    refresh: Annotated[int, Field(ge=1)] = 200  # steps between looks for similar prototypes, and between curations
+    text_share: Annotated[float, Field(ge=0, le=1)] = 0.15  # of a batch, that bring their text
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    head_lr: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    augment: Annotated[float, Field(ge=0, le=1.5)] = 1.0
+    bf16: bool = True  # where the hardware computes in it
+    seed: int = 0
+    prefetch: Annotated[int, Field(ge=0)] = 2  # batches decoded ahead of the step that takes them; 0 decodes within the step
+    decode_threads: Annotated[int, Field(ge=1)] = 1  # of each worker
+    stale: Annotated[int, Field(ge=1)] = 1000  # steps without a touch after which a prototype counts as stale
+    patience: Annotated[int, Field(ge=0)] = 0  # looks at the held-back slice without a better R@1 that end the run; 0 is off
+    max_skipped: Annotated[int, Field(ge=0)] = 0  # steps whose loss is not finite that are left out before the run gives up
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 45.0
+
+    def model_post_init(self, _: Any) -> None:
+        if bad := [d for d in self.prefixes if not 1 <= d <= self.model.dim]:
+            raise ValueError(f"prefixes {bad} are not in 1..{self.model.dim}, the model's dim")
+
+    def divides(self, workers: int) -> None:
+        """ValueError unless every micro-batch of every worker gets whole groups of one ID."""
+        groups = self.per_id * workers * self.accumulate
+        if self.batch % groups:
+            raise ValueError(
+                f"loop.batch = {self.batch} must divide by workers x loop.per_id x loop.accumulate = {workers} x {self.per_id} x "
+                f"{self.accumulate} = {groups}, so that every worker gets whole groups of one product"
+            )
+
+    def rate(self, progress: float) -> float:
+        """The share of the peak learning rate: a linear rise over the first 3 % of the run, then half a cosine to zero."""
+        return min(1.0, progress / 0.03 + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def margin_at(self, progress: float) -> float:
+        """Radians; the margin rises over the first 70 % of its own stage."""
+        if self.warm_up == 1:
+            return 0.0
+        stage = (progress - self.warm_up) / (1 - self.warm_up)
+        return self.margin * min(1.0, max(0.0, stage / 0.7))
