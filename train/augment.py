@@ -14,15 +14,16 @@ def _uniform(n: int, low: float, high: float, random: torch.Generator) -> Tensor
     return torch.rand(n, generator=random, device=random.device) * (high - low) + low
 
 
-def geometry(x: Tensor, side: int, random: torch.Generator, *, turn: float, zoom: float, shift: float) -> Tensor:
-    """(n, 3, A, A) -> (n, 3, side, side): rotation up to `turn` radians, scale and aspect up to `zoom`, shift as a share of the side."""
+def geometry(x: Tensor, side: int, random: torch.Generator, *, turn: float, zoom: float, aspect: float, shift: float) -> Tensor:
+    """(n, 3, A, A) -> (n, 3, side, side): rotation up to `turn` radians, scale up to `zoom`, `aspect`
+    a logarithm, shift as a share of the side."""
     n = len(x)
     angle = _uniform(n, -turn, turn, random)
     scale = torch.exp(_uniform(n, -math.log1p(zoom), math.log1p(zoom), random))
-    aspect = torch.exp(_uniform(n, -0.1, 0.1, random))
+    ratio = torch.exp(_uniform(n, -aspect, aspect, random))
     theta = torch.zeros(n, 2, 3, device=x.device)
-    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * scale * aspect, -angle.sin() * scale
-    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * scale, angle.cos() * scale / aspect
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * scale * ratio, -angle.sin() * scale
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * scale, angle.cos() * scale / ratio
     theta[:, :, 2] = _uniform(2 * n, -2 * shift, 2 * shift, random).reshape(n, 2)
     grid = F.affine_grid(theta, [n, 3, side, side], align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -57,6 +58,6 @@ def occlude(x: Tensor, random: torch.Generator, *, share: float, largest: float)
 def photo(pixels: Tensor, side: int, random: torch.Generator, *, strength: float = 1.0) -> Tensor:
     """(n, A, A, 3) uint8 -> (n, 3, side, side) float in 0..1; `strength` 0 only resizes."""
     x = pixels.permute(0, 3, 1, 2).float() / 255
-    x = geometry(x, side, random, turn=0.25 * strength, zoom=0.25 * strength, shift=0.06 * strength)
+    x = geometry(x, side, random, turn=0.25 * strength, zoom=0.25 * strength, aspect=0.1 * strength, shift=0.06 * strength)
     x = colour(x, random, strength=0.4 * strength, grey=0.15 * strength)
     return occlude(x, random, share=0.5 * strength, largest=0.4).clamp(0, 1)
