@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,17 @@ PROTOTYPES = 10_000
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the model; `train` is none, lora or full."""
+    """One way to run the model; `train` is none, lora or full; `compiled` compiles its layers, which are alike."""
 
     train: str
     batch: int
     checkpointing: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         way = "encode" if self.train == "none" else f"train {self.train}"
-        return f"{way}, batch {self.batch}{', checkpointing' if self.checkpointing else ''}"
+        return f"{way}, batch {self.batch}{', checkpointing' * self.checkpointing}{', compiled' * self.compiled}"
 
 
 def model(size: str, device: torch.device, case: Case, image_tokens: int) -> Qwen3VL:
@@ -64,7 +65,10 @@ def model(size: str, device: torch.device, case: Case, image_tokens: int) -> Qwe
         lora_rank=16 if case.train == "lora" else 0,
         gradient_checkpointing=case.checkpointing,
     )
-    return Qwen3VL(config, inner, words, Qwen2VLImageProcessorPil(**pictures)).to(device)
+    net = Qwen3VL(config, inner, words, Qwen2VLImageProcessorPil(**pictures)).to(device)
+    for layer in net.layers() if case.compiled else ():
+        layer.compile()
+    return net
 
 
 def step_of(net: Qwen3VL, case: Case, device: torch.device) -> Callable[[], Tensor]:
@@ -138,6 +142,12 @@ def measure(net: Qwen3VL, case: Case, device: torch.device, *, steps: int, peaks
     }
 
 
+def against_twin(net: Qwen3VL, batch: int, device: torch.device, *, steps: int) -> dict[str, Any]:
+    """Images a second of transformers' own forward, and how far its vectors are from ours."""
+    seconds = seconds_each(qwen_twin.plain(net, TITLE, batch, device), device, steps=steps)
+    return {"images_per_s": round(batch / seconds, 1), **qwen_twin.differences(net, TITLE, device)}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu")
@@ -150,20 +160,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cases = [Case("none", batch) for batch in batches]
     cases += [Case(train, batch, ckpt) for train in ("lora", "full") for ckpt in (True, False) for batch in batches]
-    net, made = None, ("", False)
+    cases += [Case(train, max(batches), compiled=True) for train in ("none", "full") if arguments.compile]
+    net, made = None, None
     for case in cases:
         if time.perf_counter() - began > arguments.budget:
             figures[case.name] = {"skipped": f"{arguments.budget} s are over"}
             continue
+        kind = replace(case, batch=0)
         try:
-            if net is None or made != (case.train, case.checkpointing):
+            if net is None or made != kind:
                 net = None  # its memory first
-                net = model(size, device, case, image_tokens)
-                made = (case.train, case.checkpointing)
-            if case.train == "none" and case.batch == max(batches):
-                figures[TWIN] = qwen_twin.differences(net, TITLE, device)
-                plain = qwen_twin.plain(net, TITLE, case.batch, device)
-                figures[TWIN]["images_per_s"] = round(case.batch / seconds_each(plain, device, steps=steps), 1)
+                net, made = model(size, device, case, image_tokens), kind
+            if case == Case("none", max(batches)):
+                figures[TWIN] = against_twin(net, case.batch, device, steps=steps)
             figures[case.name] = measure(net, case, device, steps=steps, peaks=peaks)
         except torch.OutOfMemoryError:
             figures[case.name] = {"skipped": "out of memory"}
@@ -184,6 +193,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {JOB}", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to see that all of it runs")
+    parser.add_argument("--compile", action="store_true", help="two more cases with torch.compile, which takes its time")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a case")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds after which no further case begins")
     parser.add_argument("--out", help="file for the figures (JSON)")
