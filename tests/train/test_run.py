@@ -10,21 +10,34 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from idem import manifest, schema, storage
+from idem import job, manifest, schema, storage
 from pipelines import catalog, ingest
 from pipelines.items import open_items
 from tests.train.small import MODEL, ignore
-from train import checkpoint
+from train import checkpoint, ray_train
 from train.embedder import Embedder
 from train.loop import Trainer
-from train.run import TrainConfig, run
+from train.run import LOCAL, TrainConfig, run
 from train.selection import name_prototypes
 from train.settings import LoopConfig
 
 
-def settings(root: str, steps: int = 40, checkpoint_seconds: float = 3.0, **changes) -> TrainConfig:
-    loop = LoopConfig(model=MODEL, minutes=60, steps=steps, batch=16, prefixes=(8, 16), refresh=10, checkpoint_seconds=checkpoint_seconds)
+def settings(root: str, steps: int = 40, checkpoint_seconds: float = 3.0, patience: int = 0, tau: float = 0.1, **changes) -> TrainConfig:
+    loop = LoopConfig(
+        model=MODEL,
+        minutes=60,
+        steps=steps,
+        batch=16,
+        margin_batch=16,
+        warm_up=0.4,
+        prefixes=(8, 16),
+        tau=tau,
+        refresh=10,
+        patience=patience,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     return TrainConfig(root=root, fractions=(0.6, 0.2, 0.2), loop=loop, **changes)
 
 
@@ -40,10 +53,19 @@ def checkpoints(root: str) -> Path:
     return Path(storage.Layout(root).embedder) / "checkpoints"
 
 
-def _kill_a_worker_after_a_checkpoint(root: str, killed: list[int]) -> None:
+def _flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _kill_a_worker_after_two_checkpoints(root: str, killed: list[int]) -> None:
+    """And the newer one is damaged, so that the older has to do."""
     until = time.monotonic() + 200
     while time.monotonic() < until:
-        if list(checkpoints(root).glob("*/*/state.json")):
+        kept = [folder for run in checkpoints(root).glob("*") for folder in checkpoint.found(run) if not checkpoint.damage(folder)]
+        if len(kept) > 1:
+            _flip_a_byte(kept[0] / checkpoint.MODEL)
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
             if workers:
                 workers[0].kill()
@@ -54,13 +76,13 @@ def _kill_a_worker_after_a_checkpoint(root: str, killed: list[int]) -> None:
 
 @pytest.mark.ray
 def test_a_killed_worker_costs_steps_and_nothing_else(root):
-    """With both streams through Ray Data."""
+    """With both streams through Ray Data; and the newest checkpoint is damaged."""
     killed: list[int] = []
-    assassin = threading.Thread(target=_kill_a_worker_after_a_checkpoint, args=(root, killed), daemon=True)
+    assassin = threading.Thread(target=_kill_a_worker_after_two_checkpoints, args=(root, killed), daemon=True)
     assassin.start()
     figures = run(settings(root, steps=200, stream_rows=1))
     assassin.join(1)
-    assert killed, "no worker was killed: the run was over before its first checkpoint"
+    assert killed, "no worker was killed: the run was over before its second checkpoint"
     assert figures["steps"] == 200
     folder = manifest.current(storage.Layout(root).embedder, kind="embedder")
     embedder = Embedder.load(folder)
@@ -119,8 +141,11 @@ def test_one_product_only_is_refused_in_words(ray_session, tmp_path):
 
 @pytest.mark.ray
 def test_a_run_without_ray_publishes_and_says_who_belongs_where(root):
-    figures = run(settings(root, steps=12, local=True))
+    figures = run(settings(root, steps=24, checkpoint_seconds=1e-6, local=True, patience=20))
     folder = Path(manifest.current(storage.Layout(root).embedder, kind="embedder"))
+    looks = [c["held_R@1"] for c in json.loads((folder / "curves.json").read_text()) if c.get("stage") == "margin" and "held_R@1" in c]
+    assert len(looks) > 3
+    assert figures["held_R@1"] == max(looks)
     made = manifest.read(str(folder), kind="embedder")
     assert made.figures == figures
     assert made.config["local"]
@@ -158,6 +183,32 @@ def test_a_run_that_fails_goes_on_from_its_checkpoint_also_elsewhere(root, monke
     assert [c["stage"] for c in curves if "lr" in c][:3] == ["warm-up", "warm-up", "margin"]
 
 
+def test_an_error_of_ours_is_found_behind_those_of_ray():
+    ours, theirs = FloatingPointError("the loss is nan"), RuntimeError("a node is gone")
+    wrapped = RuntimeError("in a task")
+    wrapped.__cause__ = ours
+    assert ray_train._ours(WorkerGroupError("failed", {0: theirs, 1: wrapped})) is ours
+    assert ray_train._ours(alone := WorkerGroupError("failed", {0: theirs})) is alone
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_error_of_ours_comes_out_of_ray_as_it_is(root):
+    with pytest.raises(ValueError, match=r"^the loss is nan at step 0 \(warm-up\).* Checkpoints are kept in"):
+        run(settings(root, max_failures=0, tau=1e-42))
+
+
+def test_local_is_a_switch_of_the_command_line(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text('root = "out"\n[train]\nworkers = 3\n[train.loop]\nmargin_batch = 6\n')
+    given = lambda argv: job.main("train.run", "train", TrainConfig, lambda c: {"local": c.local}, argv, switches={"--local": LOCAL})  # noqa: E731
+    assert given([str(path), "--local", "--set", "train.loop.batch=128"]) == 0
+    assert json.loads(capsys.readouterr().out)["local"] is True
+    assert given([str(path), "--set", "train.loop.batch=126"]) == 0
+    assert json.loads(capsys.readouterr().out)["local"] is False
+    assert given([str(path)]) == 2, "128 does not divide by three workers"
+
+
 @pytest.mark.ray
 def test_labels_come_from_a_table_of_assignments_where_one_is_given(root, tmp_path):
     """Two products merged into one prototype, one split in two, one item left out."""
@@ -183,7 +234,7 @@ def test_labels_come_from_a_table_of_assignments_where_one_is_given(root, tmp_pa
     assert set(kept["confidence"].to_pylist()) == {0.5}
     names = pq.read_table(folder / "prototypes.parquet")["product_id"].to_pylist()
     assert f"{selection.names[2]}#part-99" in names
-    with pytest.raises(ValueError, match="no file of assignments at .*none"):
+    with pytest.raises(ValueError, match=r"no file of assignments at .*none"):
         run(settings(root, steps=13, local=True, assignments=str(tmp_path / "none.parquet")))
 
 
