@@ -4,7 +4,7 @@ Rows of 64 numbers in bf16, in a memory-mapped file (`--device cuda`: in device 
 is fetch, forward, backward, row update and write-back for 256 embeddings whose labels are uniform over all rows, the worst case
 for caches; what rebuilding the index costs is dealt over the steps between two rebuilds. These are 200 at 1e5 rows and grow with
 the rows, so that a row is touched as often between two rebuilds at every size. From 1e8 on (1e7 on cuda) neighbours come from a
-generator that draws them anywhere, and are compared with 1e5 rows fed likewise. Each contender is a process; they step in turns.
+generator that draws them anywhere, and stand beside 1e5 rows fed likewise. Each contender is a process; they step in turns.
 """
 
 import argparse
@@ -96,24 +96,39 @@ class Contender:
             return f"its process ended with code {self.process.exitcode}"
 
 
-def specs(sizes: Sequence[int], device: str, folder: str, neighbours: int, random: int) -> list[Spec]:
-    """The contenders, smallest first."""
-    made: list[Spec] = []
+def phases(sizes: Sequence[int], device: str, folder: str, neighbours: int, random: int) -> list[list[Spec]]:
+    """Which contenders step in turns with which, smallest first.
+
+    Those with an index are together; each size beyond has a turn of its own beside 1e5 rows fed likewise: its rows would otherwise
+    push the others' out of the page cache, or off the device.
+    """
+
+    def ours(rows: int, source: str, place: str) -> Spec:
+        return Spec(
+            kind=OURS,
+            rows=rows,
+            source=source,
+            device=device,
+            storage="file" if device == "cpu" else "device",
+            folder=f"{folder}/{place}-{rows}",
+            neighbours=neighbours,
+            random=random,
+            touched=rows <= ALL_TOUCHED[device],
+        )
+
+    def peers(rows: int) -> list[Spec]:
+        return [Spec(kind=kind, rows=rows, device=device) for kind in (LINEAR, SAMPLED) if rows <= FIT[device][kind]]
+
+    made = [[spec for rows in sizes if rows <= INDEXED[device] for spec in (ours(rows, INDEX, "indexed"), *peers(rows))]]
     for rows in sizes:
-        sources = [INDEX] if rows <= INDEXED[device] else [GENERATOR]
-        if rows == BASE and max(sizes) > INDEXED[device]:
-            sources.append(GENERATOR)
-        for source in sources:
-            kept = {"device": device, "storage": "file" if device == "cpu" else "device", "neighbours": neighbours, "random": random}
-            own = f"{folder}/{rows}-{source}"
-            made.append(Spec(kind=OURS, rows=rows, source=source, folder=own, touched=rows <= ALL_TOUCHED[device], **kept))
-        made += [Spec(kind=kind, rows=rows, device=device) for kind in (LINEAR, SAMPLED) if rows <= FIT[device][kind]]
+        if rows > INDEXED[device]:
+            made.append([ours(BASE, GENERATOR, f"beside-{rows}"), ours(rows, GENERATOR, "generated"), *peers(rows)])
     return made
 
 
 @contextmanager
 def room(parent: str, wanted: Sequence[Spec]) -> Iterator[str]:
-    """A folder that is gone afterwards. ValueError where the disk has no room for the rows."""
+    """A folder that is gone afterwards. ValueError where the disk has no room for the rows of all contenders."""
     needed = sum(spec.rows * (DIM * 2 * (2 if spec.touched else 1) + 16) for spec in wanted if spec.kind == OURS and spec.storage == "file")
     Path(parent).mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(parent).free) < needed + (2 << 30):
@@ -145,20 +160,24 @@ def measure(wanted: Sequence[Spec], rounds: int, warm: int) -> list[Measured]:
             contender.process.kill()
 
 
-def compare(measured: Sequence[Measured], device: str) -> list[Figure]:
-    """Ours at each size beside ours at 1e5, fed the same way, and beside the peers of its size; anonymous memory beside its limit."""
-    known = {(m.spec.kind, m.spec.rows, m.spec.source): m for m in measured}
-    figures = []
-    for m in (m for m in measured if m.spec.kind == OURS):
-        base = known.get((OURS, BASE, m.spec.source))
-        if base and m is not base:
+def compare(phase: Sequence[Measured], device: str) -> list[Figure]:
+    """Ours at each size beside ours at 1e5 that stepped in turns with it, and beside the peers of its size."""
+    known = {(m.spec.kind, m.spec.rows): m for m in phase}
+    base, figures = known[OURS, BASE], []
+    for m in (m for m in phase if m.spec.kind == OURS):
+        if m is not base:
             figure = Figure(name=f"step_ms {m.spec.name}", value=m.step_ms, peer=base.spec.name, peer_value=base.step_ms)
             figures.append(at_most(figure, BARS[m.spec.rows]) if device == "cpu" and m.spec.rows in BARS else figure)
         for kind in (LINEAR, SAMPLED):
-            if (peer := known.get((kind, m.spec.rows, ""))) and (m.spec.source == INDEX or not known.get((OURS, m.spec.rows, INDEX))):
+            if peer := known.get((kind, m.spec.rows)):
                 figures.append(Figure(name=f"step_ms {m.spec.name}", value=m.step_ms, peer=peer.spec.name, peer_value=peer.step_ms))
+    return figures
+
+
+def memory(measured: Sequence[Measured]) -> Figure:
+    """The most anonymous memory that a process of ours held, beside its limit."""
     most = max(m.said["anonymous_mb"] for m in measured if m.spec.kind == OURS)
-    return [*figures, at_most(Figure(name="anonymous_mb", value=most, peer="8 GB", peer_value=MEMORY_BAR_MB), 1.0)]
+    return at_most(Figure(name="anonymous_mb", value=most, peer="8 GB", peer_value=MEMORY_BAR_MB), 1.0)
 
 
 def table(measured: Sequence[Measured], figures: Sequence[Figure]) -> str:
@@ -202,15 +221,15 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = sorted({int(float(size)) for size in arguments.sizes.split(",")})
     if BASE not in sizes or min(sizes) < 1000:
         raise ValueError(f"--sizes needs 1e5, which the others are compared with, and at least 1e3; found {arguments.sizes}")
-    last = [rows for rows in sizes if rows > ALL_TOUCHED[arguments.device]] if arguments.device == "cuda" else []
-    together = [rows for rows in sizes if rows not in last]
+    settings = (arguments.neighbours, arguments.random)
+    wanted = [spec for phase in phases(sizes, arguments.device, "", *settings) for spec in phase]
     measured: list[Measured] = []
-    wanted = specs(sizes, arguments.device, "", arguments.neighbours, arguments.random)
+    figures: list[Figure] = []
     with room(arguments.folder, wanted) as folder:
-        for some in [together, *([rows] for rows in last)]:  # what fills the device is alone on it
-            wanted = [s for s in specs(sizes, arguments.device, folder, arguments.neighbours, arguments.random) if s.rows in some]
-            measured += measure(wanted, arguments.rounds, arguments.warm)
-    figures = compare(measured, arguments.device)
+        for phase in phases(sizes, arguments.device, folder, *settings):
+            measured += (found := measure(phase, arguments.rounds, arguments.warm))
+            figures += compare(found, arguments.device)
+    figures.append(memory(measured))
     sys.stderr.write(table(measured, figures) + "\n")
     told = {
         "holds": verdict(figures),

@@ -75,7 +75,7 @@ class CellIndex:
 
     def _sample(self, blocks: Blocks, n: int) -> np.ndarray:
         every = max(1, n // self.TRAINED_ON)
-        return np.concatenate([rows[::every].float().cpu().numpy() for _, rows in blocks()])
+        return np.concatenate([rows[::every].float().cpu().clone().numpy() for _, rows in blocks()])  # a view would keep its block
 
     def search(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
         squared, found = self.index.search(vectors.float().cpu().numpy(), k)
