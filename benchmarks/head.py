@@ -144,12 +144,15 @@ def room(parent: str, wanted: Sequence[Spec]) -> Iterator[str]:
 
 
 def measure(wanted: Sequence[Spec], rounds: int, warm: int) -> list[Measured]:
-    """All contenders in turns; set up one after the other, because setting up is busy."""
+    """All contenders in turns; on the CPU set up one after the other, because setting up is busy."""
     contenders: list[Contender] = []
     try:
         for spec in wanted:
             contenders.append(Contender(spec))
-            contenders[-1].ready()
+            if spec.device == "cpu":
+                contenders[-1].ready()
+        for contender in (c for c in contenders if c.spec.device == "cuda"):
+            contender.ready()
         for number in range(warm + rounds):
             for contender in contenders:
                 if contender.spec.kind == OURS or number < warm or (number - warm) % SLOW_EVERY == 0:

@@ -37,6 +37,6 @@ def everyones(batch: Batch, embeddings: int, rows: int, *, group: dist.ProcessGr
             raise ValueError(f"label {bad} of worker {worker} is not among the {rows} prototypes; allowed are 0..{rows - 1}")
     if world > 1:
         labels, weights = gather(labels, group=group), None if weights is None else gather(weights, group=group)
-    if weights is not None and not (weights.min() >= 0 and weights.sum() > 0):
-        raise ValueError(f"weights are at least 0 and not all 0; found {weights.min().item()} to {weights.max().item()}")
+    if weights is not None and not (weights.min() >= 0 and weights.sum() < float("inf")):
+        raise ValueError(f"weights are finite and at least 0; found {weights.min().item()} to {weights.max().item()}")
     return labels, weights

@@ -50,7 +50,8 @@ def angular_margin(cosine: Tensor, margin: float) -> Tensor:
 
 
 def weighted_mean(each_B: Tensor, weights_B: Tensor | None) -> Tensor:
-    return each_B.mean() if weights_B is None else (each_B * weights_B).sum() / weights_B.sum()
+    """0, with a gradient of 0, where all weights are: in a small batch every sample may have been set aside."""
+    return each_B.mean() if weights_B is None else (each_B * weights_B).sum() / weights_B.sum().clamp(min=1e-12)
 
 
 def reference_loss(

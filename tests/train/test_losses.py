@@ -133,9 +133,13 @@ def test_weights_of_samples():
     weights = torch.tensor([2.0, 1.0, 0.0, 1.0])
     torch.testing.assert_close(losses.reference_loss(h, y, rows, weights=weights, **kept), twice)
     head = PrototypeHead(5, 8, HeadConfig())
-    for bad in (torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([1.0, math.nan, 1.0, 1.0])):
-        with pytest.raises(ValueError, match="at least 0 and not all 0"):
+    for bad in (torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([1.0, math.nan, 1.0, 1.0]), torch.tensor([math.inf] * 4)):
+        with pytest.raises(ValueError, match="finite and at least 0"):
             head.loss(h, y, weights_b=bad, **kept)
+    x = h.clone().requires_grad_()
+    nothing = head.loss(x, y, weights_b=torch.zeros(4), **kept)
+    nothing.backward()
+    assert (float(nothing.detach()), float(x.grad.abs().max())) == (0, 0)
 
 
 def test_margin_is_the_cosine_of_the_wider_angle_and_monotonous():
