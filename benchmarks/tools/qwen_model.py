@@ -1,6 +1,6 @@
 """Qwen3-VL checkpoints with random weights in the family's own format, of any size: the real architecture, no download.
 
-The tokenizer is the family's byte-level one (its splitting rule, its special tokens, its closing <|endoftext|>) with few merges.
+The tokenizer is the family's byte-level one (its splitting rule, its special tokens, its closing <|endoftext|>) with few words.
 """
 
 import json
@@ -18,7 +18,8 @@ SPECIAL = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("m", "u"), ("mu", "g"))
+WORDS = ("system", "Ġuser", "user", "assistant", "Represent", "Ġthe", "'s", "Ġinput", "Ġred", "red", "Ġmug", "Ġml")
+"""Those of the chat template and of a title, so that these have about as many tokens as by the family's own merges."""
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # as published for Qwen3-VL-2B and Qwen3-VL-Embedding-2B
     "2b": {
@@ -45,7 +46,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tiny": {
         "text": {
-            "vocab_size": 288,
+            "vocab_size": 384,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 3,
@@ -69,12 +70,13 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def tokenizer() -> "PreTrainedTokenizerBase":
-    """272 tokens: 256 bytes, a few merges, the special tokens; like the embedding models' own, it ends a text by itself."""
+    """Bytes, WORDS, the special tokens; like the embedding models' own, it ends a text by itself."""
     from transformers import Qwen2Tokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *("".join(pair) for pair in MERGES)]
-    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(MERGES)))
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in WORDS for i in range(1, len(word))))
+    parts = [*letters, *dict.fromkeys("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE(vocab={part: i for i, part in enumerate(parts)}, merges=merges))
     made.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -27,6 +27,15 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert ours + unseen == pytest.approx(counter.get_total_flops(), rel=1e-3)  # some versions multiply for rotary angles
 
 
+def test_the_template_has_few_tokens_as_by_the_familys_own_tokenizer() -> None:
+    net = bench.model("tiny", torch.device("cpu"), bench.Case("none", 3), 4)
+    assert net.tokenizer.convert_ids_to_tokens(net.turns.before) == (
+        ["<|im_start|>", "system", "Ċ", "Represent", "Ġthe", "Ġuser", "'s", "Ġinput", ".", "<|im_end|>", "Ċ", "<|im_start|>", "user", "Ċ"]
+    )
+    assert net.tokenizer.convert_ids_to_tokens(net.turns.after) == ["<|im_end|>", "Ċ", "<|im_start|>", "assistant", "Ċ", "<|EMB|>"]
+    assert all(p.dtype == torch.bfloat16 for p in net.model.parameters())
+
+
 def test_published_sizes_give_the_published_parameters() -> None:
     from transformers import Qwen3VLModel
 
