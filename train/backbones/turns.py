@@ -52,20 +52,19 @@ class Turns:
         made = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True, truncation=True, max_length=self.length)
         return made["input_ids"]
 
-    def positions(self, start: int, total: int, *, image: bool) -> np.ndarray:
-        """(3, total): time, row and column of each token; `start` is the first image token's place.
+    def positions(self, starts: np.ndarray, pictured: np.ndarray, longest: int) -> np.ndarray:
+        """(3, B, longest): time, row and column of each token; starts (B,) are the places of the first image tokens.
 
         Text counts on; an image's tokens share one time and count rows and columns from it; what follows counts on from the
         largest (interleaved M-RoPE, as transformers' get_rope_index, which is the slow twin).
         """
-        if not image:
-            return np.tile(np.arange(total), (3, 1))
-        made = np.tile(np.arange(total), (3, 1))
-        end = start + self.cells**2
-        row, column = np.divmod(np.arange(self.cells**2), self.cells)
-        made[:, start:end] = start + np.stack([np.zeros_like(row), row, column])
-        made[:, end:] += self.cells - self.cells**2
-        return made
+        place = np.tile(np.arange(longest), (len(starts), 1))
+        nth = place - starts[:, None]  # of the image's tokens
+        inside = pictured[:, None] & (nth >= 0) & (nth < self.cells**2)
+        behind = pictured[:, None] & (nth >= self.cells**2)
+        text = place + behind * (self.cells - self.cells**2)
+        grid = np.stack([np.zeros_like(nth), nth // self.cells, nth % self.cells])
+        return np.where(inside, starts[:, None] + grid, text)
 
     def lay_out(self, texts: Sequence[str], text_rows: np.ndarray, image_rows: np.ndarray, count: int) -> Inputs:
         """ids (B, L) padded on the right, positions (3, B, L), at (B,): where EMB is. Causal attention never sees the padding."""
@@ -75,15 +74,12 @@ class Turns:
         pictured = np.zeros(count, bool)
         pictured[image_rows] = True
         rows = [[*self.before, *ids, *(self.after_with_image if image else self.after)] for ids, image in zip(said, pictured, strict=True)]
-        longest = max(map(len, rows), default=1)
-        tokens = np.full((count, longest), self.pad, np.int64)
-        places = np.zeros((3, count, longest), np.int64)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-            start = len(self.before) + len(said[i]) + self.lead
-            places[:, i, : len(row)] = self.positions(start, len(row), image=bool(pictured[i]))
-        at = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64)
-        return {"ids": torch.from_numpy(tokens), "positions": torch.from_numpy(places), "at": at}
+        lengths = np.array([len(row) for row in rows], np.int64)
+        longest = int(lengths.max(initial=1))
+        tokens = np.array([row + [self.pad] * (longest - len(row)) for row in rows], np.int64).reshape(count, longest)
+        starts = len(self.before) + self.lead + np.array([len(ids) for ids in said], np.int64)
+        places = self.positions(starts, pictured, longest)
+        return {"ids": torch.from_numpy(tokens), "positions": torch.from_numpy(places), "at": torch.from_numpy(lengths - 1)}
 
 
 def row_order(image_rows: np.ndarray, pixels: Tensor) -> Tensor:
