@@ -24,10 +24,11 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes a prototype takes. stored: row; touched: what its first step adds; slot: in memory beside it; index: of the sparse form."""
+    """Bytes a prototype takes. stored: row; moment and scalars: what its first step adds; slot: where they are; index: if sparse."""
 
     stored: int
-    touched: int
+    moment: int
+    scalars: int
     slot: int
     index: int
 
@@ -62,7 +63,7 @@ def needs(dim: int, dtype: str, subcentres: int, *, sparse: bool, exact_index: b
     """Bytes a prototype of `subcentres` rows of `dim` numbers."""
     row = dim * ITEM[dtype]
     index = int((dim + 8) * CELL_INDEX) if sparse and not exact_index else 0
-    return Needs(stored=row * subcentres, touched=(row + SCALARS) * subcentres, slot=SLOT * subcentres, index=index)
+    return Needs(stored=row * subcentres, moment=row * subcentres, scalars=SCALARS * subcentres, slot=SLOT * subcentres, index=index)
 
 
 def capacity(
@@ -82,20 +83,21 @@ def capacity(
 ) -> Capacity:
     """What fits and what is taken. columns: prototypes of one worker's step (sparse); batch: embeddings over all workers.
 
-    In device memory row, state, slot and the step's own memory share the device; in the other tiers slots and the index are in
-    host memory, and in tier "file" only they are.
+    In device memory row, state, slot and the step's own memory share the device; in tier "file" rows and moments are on disk,
+    scalars, slots and the index in host memory.
     """
     need = needs(dim, dtype, subcentres, sparse=kind == "sparse", exact_index=exact_index)
     own = -(-rows // world)
     active = own if kind == "full" else min(columns, own)
     step = 4 * active * (4 * dim * subcentres + 3 * batch * max(prefixes, 1))
-    beside = need.slot + need.index
+    rows_and_moments, beside = need.stored + need.moment, need.scalars + need.slot
     room_for = {
-        "device": (room.device - step) // (need.stored + need.touched + need.slot),
-        "host": (room.host - step) // (need.stored + need.touched + beside),
-        "file": min(room.file // (need.stored + need.touched), (room.host - step) // beside),
+        "device": (room.device - step) // (rows_and_moments + beside),
+        "host": (room.host - step) // (rows_and_moments + beside + need.index),
+        "file": min(room.file // rows_and_moments, (room.host - step) // (beside + need.index)),
     }
-    takes = {"rows": need.stored * own, "optimizer": need.touched * own, "slots": need.slot * own, "index": need.index * own, "step": step}
+    each = {"rows": need.stored, "moments": need.moment, "scalars": need.scalars, "slots": need.slot, "index": need.index}
+    takes = {**{name: size * own for name, size in each.items()}, "step": step}
     return Capacity(
         rows=rows,
         world=world,

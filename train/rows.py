@@ -109,21 +109,27 @@ class Rows:
         self.home = device if storage == "device" else torch.device("cpu")
         if folder is not None and storage == "file":
             folder.mkdir(parents=True, exist_ok=True)
-        self.weight = self._allocate("weight", (n, dim), dtype)
+        self.weight = self._allocate("weight", (n, dim), dtype, storage=storage)
         self.slot = allocate((n,), torch.int32, storage="host", device=device, path=None).to(self.home)
         self.forget_state()
 
-    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, storage: Storage) -> Tensor:
         path = self.folder / f"{name}-{self.first}.rows" if self.folder else None
-        return allocate(shape, dtype, storage=self.storage, device=self.home, path=path)
+        return allocate(shape, dtype, storage=storage, device=self.home, path=path)
 
     def forget_state(self) -> None:
         """Drop what the optimizer knows; the rows stay."""
         self.slot[self.slot > 0] = STATELESS
-        room = self.n if self.storage == "file" else min(self.n, 1 << 14)
         self.used = 0
-        self.moment = self._allocate("moment", (room, self.dim), self.dtype)
-        self.scalars = self._allocate("scalars", (room, len(SCALARS)), torch.int32)
+        self.moment = self._moment(self.n if self.storage == "file" else min(self.n, 1 << 14))
+        self.scalars = self._scalars(min(self.n, 1 << 14))
+
+    def _moment(self, room: int) -> Tensor:
+        return self._allocate("moment", (room, self.dim), self.dtype, storage=self.storage)
+
+    def _scalars(self, room: int) -> Tensor:
+        """In memory even where rows are in a file: writing to a page of a file for the first time costs more than the step's arithmetic."""
+        return self._allocate("scalars", (room, len(SCALARS)), torch.int32, storage="device" if self.storage == "device" else "host")
 
     def fetch(self, ids: Tensor) -> Tensor:
         """(n,) int64 -> (n, D) float32 on the device."""
@@ -164,14 +170,12 @@ class Rows:
 
     def reserve(self, wanted: int) -> None:
         """Room for the state of `wanted` rows, so that it need not grow step by step."""
-        if wanted <= len(self.moment):
-            return
-        room = min(self.n, max(wanted, len(self.moment) * 3 // 2))
-        for name in ("moment", "scalars"):
+        for name, make in (("moment", self._moment), ("scalars", self._scalars)):
             old = getattr(self, name)
-            new = self._allocate(name, (room, *old.shape[1:]), old.dtype)
-            new[: self.used] = old[: self.used]
-            setattr(self, name, new)
+            if wanted > len(old):
+                new = make(min(self.n, max(wanted, len(old) * 3 // 2)))
+                new[: self.used] = old[: self.used]
+                setattr(self, name, new)
 
     def descend(self, used: Fetched, *, lr: float, generator: torch.Generator) -> None:
         """One step of the optimizer for the rows used, which are then written."""

@@ -17,8 +17,8 @@ def of(rows=10**9, dim=64, **changes):
 
 def test_a_prototype_takes_its_row_its_state_and_its_place():
     need = needs(64, "bfloat16", 1, sparse=True, exact_index=True)
-    assert (need.stored, need.touched, need.slot, need.index) == (128, 128 + 16, 4, 0)
-    assert needs(512, "float32", 3, sparse=False, exact_index=False).touched == 3 * (512 * 4 + 16)
+    assert (need.stored, need.moment, need.scalars, need.slot, need.index) == (128, 128, 16, 4, 0)
+    assert needs(512, "float32", 3, sparse=False, exact_index=False).moment == 3 * 512 * 4
     assert needs(64, "bfloat16", 1, sparse=True, exact_index=False).index == pytest.approx(1.15 * 72, abs=1)
 
 
@@ -26,7 +26,7 @@ def test_a_billion_prototypes_over_eight_gpus():
     found = of()
     step = 4 * 18_000 * (4 * 64 + 3 * 256)
     assert found.prototypes["device"] == (80 * GIB - step) // 276 * 8
-    assert found.prototypes["file"] == min(1000 * GIB // 272, (128 * GIB - step) // 4) * 8
+    assert found.prototypes["file"] == min(1000 * GIB // 256, (128 * GIB - step) // 20) * 8
     assert found.fits
     assert found.takes["rows"] == 128 * 125_000_000
     assert not of(world=1).fits
@@ -46,7 +46,7 @@ def test_nothing_fits_where_there_is_nothing():
 def test_the_text_names_each_tier_and_says_what_does_not_fit():
     text = str(of(world=1))
     assert "1,000,000,000 prototypes over 1 worker(s)" in text
-    assert all(tier in text for tier in ("device", "host", "file", "optimizer", "does not fit tier 'device'"))
+    assert all(tier in text for tier in ("device", "host", "file", "moments", "does not fit tier 'device'"))
     assert "does not fit" not in str(of())
 
 
@@ -58,8 +58,9 @@ def test_a_head_takes_what_is_said_of_it(tmp_path):
         head.update(0.1)
     takes = head.capacity(batch=4).takes
     disk = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
-    assert disk == pytest.approx(takes["rows"] + takes["optimizer"], rel=0.01)
-    assert head.store.slot.nbytes == takes["slots"]
+    assert disk == pytest.approx(takes["rows"] + takes["moments"], rel=0.01)
+    head.store.reserve(20_000)
+    assert (head.store.scalars.nbytes, head.store.slot.nbytes) == (takes["scalars"], takes["slots"])
 
 
 def test_what_this_machine_has_is_shared_by_its_workers(tmp_path):
