@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -199,6 +200,7 @@ def table(measured: Sequence[Measured], figures: Sequence[Figure]) -> str:
         "median ms",
         "least",
         "most",
+        "CPU ms",
         "refresh ms",
         "rebuild s",
         "every",
@@ -235,6 +237,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--sizes needs 1e5, which the others are compared with, and at least 1e3; found {arguments.sizes}")
     if min(arguments.rounds, arguments.warm) < 1:
         raise ValueError(f"--rounds and --warm are at least 1; found {arguments.rounds} and {arguments.warm}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the files go
     settings = (arguments.neighbours, arguments.random)
     wanted = [spec for phase in phases(sizes, arguments.device, "", *settings) for spec in phase]
     measured: list[Measured] = []
