@@ -33,7 +33,7 @@ def _blocks(encoder: Encoder, members: plan.Members, most: int | None) -> Iterat
     """This worker's share of all rows, or of the first members of each ID."""
     corpus, side = encoder.corpus, encoder.model.side
     if most is None:
-        return corpus.members(encoder.rank, encoder.world, side)
+        return encoder.members()
     ends = zip(members.offsets, members.offsets[1:], strict=False)
     chosen = np.concatenate([members.rows[start:stop][:most] for start, stop in ends])
     rows, counted = share_out(len(chosen), encoder.rank, encoder.world)

@@ -156,18 +156,31 @@ def _step(folder: Path) -> tuple[int, str]:
         return -1, folder.name
 
 
-def newest_good_of_all(trainer: Trainer, parent: Path) -> Path | None:
-    """`newest_good` below `parent` as worker 0 finds it: all workers must go on from the same. ValueError on all of them alike."""
+def newest_good_of_all(trainer: Trainer, folders: Sequence[Path]) -> Path | None:
+    """`newest_good` as worker 0 finds it: all workers must go on from the same. ValueError on all of them alike."""
     folder, error = "", ""
     if trainer.rank == 0:
         try:
-            folder = str(newest_good(found(parent)) or "")
+            folder = str(newest_good(folders) or "")
         except ValueError as damaged:
             error = str(damaged)
     folder, error = parallel.everyones([folder, error], trainer.device)[0]
     if error:
         raise ValueError(error)
     return Path(folder) if folder else None
+
+
+def begin(trainer: Trainer, parent: Path, start_from: str = "") -> None:
+    """Go on from the newest whole checkpoint below `parent`; where there is none, take up what the one at `start_from` has learnt.
+
+    The schedules then begin anew, at the margin if it had come so far. ValueError where no checkpoint is whole.
+    """
+    if before := newest_good_of_all(trainer, found(parent)):
+        restore(trainer, before)
+    elif start_from and (earlier := newest_good_of_all(trainer, [Path(start_from)])):
+        restore(trainer, earlier)
+        if trainer.course.stage == "margin":
+            trainer.course = Course("margin")
 
 
 def mapping(old: Sequence[str], new: Sequence[str]) -> np.ndarray:
@@ -218,4 +231,5 @@ def _restore_rows(trainer: Trainer, kept: dict[str, Tensor], *, same: bool) -> N
     if "similar" in kept and same:
         trainer.similar = kept["similar"].numpy()
     elif trainer.course.stage == "margin":
-        trainer.refresh()
+        trainer.purge()
+        trainer.mine()

@@ -1,5 +1,6 @@
 """The rows that a training run learns from: pictures fetched when they are first needed, decoded once as long as they fit."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Held:
 class Corpus:
     """Training rows: encoded pictures fetched by position, titles, and a label 0..U-1 each; and a held-back slice.
 
+    `texts` (n,) of several each are what else is said of a row's product: names in other languages, keywords, descriptions.
     `weights` (n,) say how much each row counts, 1 where None; 0 leaves it out.
     `names` (U,) are the prototypes' names, by which a checkpoint knows them again; `item_ids` (n,) are named in errors. `streams` of
     "members" (all rows) and "held", where given, yield this worker's share at a side in pixels, in any order, in place of the
@@ -42,6 +44,7 @@ class Corpus:
     titles: Sequence[str]
     has_image: np.ndarray
     labels: np.ndarray
+    texts: Sequence[Sequence[str]] = ()
     weights: np.ndarray | None = None
     names: Sequence[str] = ()
     item_ids: Sequence[str] | np.ndarray = ()
@@ -67,6 +70,11 @@ class Corpus:
             room = self.cache_bytes // (side * side * 3) - len(self._cache)
             self._cache.update(list(fresh.items())[: max(room, 0)])
         return np.stack([fresh[r] if r in fresh else self._cache[r] for r in rows.tolist()])
+
+    def said(self, most: int = 100_000) -> list[str]:
+        """Different texts of the rows, in their order."""
+        every = itertools.chain(self.titles, itertools.chain.from_iterable(self.texts))
+        return list(itertools.islice(dict.fromkeys(text for text in every if text), most))
 
     def name_of(self, row: int) -> str:
         return f"row {row} (item {self.item_ids[row]})" if len(self.item_ids) else f"row {row}"

@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+KEPT = ("stage", "step", "refreshed", "images", "skipped", "curves")
 EVERY = 10  # steps between two rows of the curves
 
 
@@ -31,11 +32,12 @@ class Looks:
 
 @dataclass
 class Course:
-    """`step` is the next one; `refreshed` the one of the last refresh; `skipped` counts steps left out."""
+    """`step` is the next one; `refreshed` the one of the last refresh; `images` counts rows drawn, `skipped` steps left out."""
 
     stage: str
     step: int = 0
     refreshed: int = 0
+    images: int = 0
     skipped: int = 0
     before: float = 0.0
     looks: Looks = field(default_factory=Looks)
@@ -47,7 +49,7 @@ class Course:
     def begin(self) -> None:
         """The clock of this run starts."""
         self.start = time.perf_counter()
-        self._pace = (self.step, self.elapsed())
+        self._pace = (self.images, self.elapsed())
 
     def elapsed(self) -> float:
         """Seconds of training, with those before the last interruption."""
@@ -59,11 +61,12 @@ class Course:
     def note(self, figures: dict[str, Any], batch: int) -> None:
         """Step on; every tenth step's figures are kept, with the pace since the one before."""
         self.step += 1
+        self.images += batch
         if self.step % EVERY != 1:
             return
-        steps, seconds = self.step - self._pace[0], self.elapsed() - self._pace[1]
-        figures["images_per_second"] = round(steps * batch / max(seconds, 1e-6), 1)
-        self._pace = (self.step, self.elapsed())
+        images, seconds = self.images - self._pace[0], self.elapsed() - self._pace[1]
+        figures["images_per_second"] = round(images / max(seconds, 1e-6), 1)
+        self._pace = (self.images, self.elapsed())
         self.curves.append(figures)
 
     def keep(self, figures: dict[str, Any]) -> None:
@@ -73,10 +76,10 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """What a later run goes on from; JSON can hold it."""
-        kept = {name: getattr(self, name) for name in ("stage", "step", "refreshed", "skipped", "curves")}
+        kept = {name: getattr(self, name) for name in KEPT}
         return {**kept, "seconds": self.elapsed(), "looks": asdict(self.looks)}
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> "Course":
-        kept = {name: state[name] for name in ("stage", "step", "refreshed", "skipped", "curves")}
+        kept = {name: state[name] for name in KEPT}
         return cls(**kept, before=state["seconds"], looks=Looks(**state["looks"]), saved=state["step"])

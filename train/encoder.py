@@ -49,6 +49,10 @@ class Encoder:
         pixels = torch.from_numpy(block.pixels).to(self.device) if len(image_rows) else None
         return self.forward(self.model, pixels, image_rows, texts, text_rows, len(block.rows))
 
+    def members(self) -> Iterator[Block]:
+        """This worker's share of all rows of the corpus."""
+        return self.corpus.members(self.rank, self.world, self.model.side)
+
     def rows(self, rows: np.ndarray) -> Tensor:
         """(n, D) of any rows, in their order, by this worker alone."""
         load = lambda part: self.corpus.load(part, self.model.side)  # noqa: E731

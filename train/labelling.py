@@ -10,14 +10,16 @@ PART = "#part-"  # between a product and a number, in the name of a prototype th
 
 
 class Labelling:
-    """`labels` (n,) in 0..U-1 and `weights` (n,) of 0 (left out) or more; `members` are the rows of each ID that count.
+    """`labels` (n,) in 0..U-1 and `weights` (n,) of 0 (left out) or more, `given` those at the start; `members` are the
+    rows of each ID that count.
 
     ValueError for a label outside 0..U-1 and for an ID of which no row is left.
     """
 
     def __init__(self, labels: np.ndarray, ids: int, weights: np.ndarray | None = None) -> None:
         self.ids = ids
-        self.set(labels, np.ones(len(labels), np.float32) if weights is None else weights)
+        self.given = np.ones(len(labels), np.float32) if weights is None else weights.astype(np.float32)
+        self.set(labels, self.given)
         self.changed = False
 
     def set(self, labels: np.ndarray, weights: np.ndarray) -> None:

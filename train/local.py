@@ -21,8 +21,8 @@ def pick_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def train_here(config: LoopConfig, corpus: Corpus, folder: Path, *, device: torch.device) -> Path:
-    """Train to the end, going on from the newest whole checkpoint below `folder`; the folder of the last one."""
+def train_here(config: LoopConfig, corpus: Corpus, folder: Path, *, device: torch.device, start_from: str = "") -> Path:
+    """Train to the end, beginning as train.checkpoint.begin; the folder of the last checkpoint, below `folder`."""
 
     def report(figures: dict[str, Any], due: bool) -> None:
         bar.n = int(100 * figures.get("progress", bar.n / 100))
@@ -31,8 +31,7 @@ def train_here(config: LoopConfig, corpus: Corpus, folder: Path, *, device: torc
             checkpoint.keep(trainer, folder)
 
     trainer = Trainer(config, corpus, report, device=device)
-    if before := checkpoint.newest_good_of_all(trainer, folder):
-        checkpoint.restore(trainer, before)
+    checkpoint.begin(trainer, folder, start_from)
     with tqdm(total=100, desc="training", unit="%", bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}") as bar:
         trainer.run()
     return checkpoint.keep(trainer, folder)

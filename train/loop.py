@@ -26,6 +26,7 @@ from train.descent import Descent, groups
 from train.encoder import Encoder
 from train.feed import Feed
 from train.labelling import Labelling
+from train.noise import purged
 from train.prototypes import PrototypeHead, gather
 from train.settings import LoopConfig
 from train.views import Viewer, Views
@@ -62,6 +63,7 @@ class Trainer:
         self.model: Backbone = build(config.model).to(self.device)
         stored = self.model.side * 4 // 3  # room for the crops of augmentation
         self.viewer = Viewer(corpus, side=stored, text_share=config.text_share, parts=config.accumulate)
+        self.model.hear(corpus.said())
         self.model.train_only(images=self.viewer.images_used, texts=self.viewer.texts_used)
         self._scratch = tempfile.TemporaryDirectory(prefix="idem-train-")
         self.folder = Path(self._scratch.name)  # rows of the head where they live in a file; the best so far
@@ -78,7 +80,7 @@ class Trainer:
 
     def capacity(self) -> str:
         """How many prototypes fit where, and what those of this run take: to be read before the first step."""
-        return str(self.head.capacity(batch=self.config.batch, prefixes=len(self.config.prefixes)))
+        return str(self.head.capacity(batch=self.config.margin_batch, prefixes=len(self.config.prefixes)))
 
     def _new_head(self) -> PrototypeHead:
         return PrototypeHead(
@@ -95,7 +97,8 @@ class Trainer:
     def progress(self) -> float:
         """0..1, the same on every worker: worker 0's clock decides."""
         seconds = parallel.same_everywhere(self.course.elapsed(), self.device)
-        return min(1.0, max(seconds / (60 * self.config.minutes), self.course.step / self.config.steps))
+        images = self.course.images / self.config.images if self.config.images else 0.0
+        return min(1.0, max(seconds / (60 * self.config.minutes), self.course.step / self.config.steps, images))
 
     # The run and its stages
 
@@ -123,9 +126,10 @@ class Trainer:
             self.course.stage = "centroids"
             self._tell(self.course.told(), True)
         if self.course.stage == "centroids":
+            self.purge()
             self.head.start_from(self.centroids())
             self.course.stage = "margin"
-            self.refresh()
+            self.mine()
             self._tell(self.course.told(), True)
 
     def _finish(self) -> None:
@@ -142,22 +146,29 @@ class Trainer:
 
     # What is done on a schedule
 
-    def refresh(self) -> None:
-        """Labels and weights first, then which prototypes are similar."""
+    def purge(self) -> None:
+        """Set aside the members that their own ID would not be found for, and take back those that it would."""
+        if self.config.purge:
+            self.labelling.set(self.labelling.labels, purged(self.encoder, self.labelling, self.config.purge))
+            log.info("step %d: %.1f %% of the rows count", self.course.step, 100 * float((self.labelling.weights > 0).mean()))
+            self.feed.restart()
+
+    def mine(self) -> None:
+        """Look anew which prototypes are similar."""
         self.course.refreshed = self.course.step
-        mined = self._similar_share() > 0
-        if mined and self.course.stage == "warm-up":
-            self.head.start_from(self.centroids(SAMPLED))
-        self.curate()
-        if mined:
+        if self._similar_share() > 0:
+            if self.course.stage == "warm-up":
+                self.head.start_from(self.centroids(SAMPLED))
             self.similar = self.head.near(np.arange(self.labelling.ids), NEIGHBOURS)
         self.feed.restart()
 
-    def curate(self) -> None:
-        """Measures against noise go here: `self.labelling.set(labels, weights)` changes which rows count, and for which ID.
-
-        Called at every refresh, on all workers alike, which must come to the same decision.
-        """
+    def _on_schedule(self, step: int) -> None:
+        """Once at a step, also when a run goes on from a checkpoint of that very step."""
+        if not step or step % self.config.refresh or self.course.refreshed == step:
+            return
+        if self.course.stage == "margin" and step // self.config.refresh % self.config.purge_every == 0:
+            self.purge()
+        self.mine()
 
     def _similar_share(self) -> float:
         return self.config.similar if self.course.stage == "margin" else self.config.warm_up_similar
@@ -176,16 +187,17 @@ class Trainer:
 
     def _rows(self, step: int) -> np.ndarray:
         """This worker's rows of a step."""
+        size, per_id = self.config.drawn(self.course.stage)
         rows = plan.batch(
             self.labelling.members,
             seed=self.config.seed,
             step=step,
-            size=self.config.batch,
-            per_id=self.config.per_id,
+            size=size,
+            per_id=per_id,
             neighbours=self.similar,
             similar=self._similar_share(),
         )
-        return plan.share(rows, self.rank, self.world, self.config.per_id)
+        return plan.share(rows, self.rank, self.world, per_id)
 
     def _views(self, step: int) -> Views:
         return self.viewer.draw(self._rows(step), np.random.default_rng((self.config.seed, step, self.rank, 1)))
@@ -203,8 +215,7 @@ class Trainer:
     def _one(self, progress: float) -> dict[str, Any]:
         """The figures of one step, which moves the backbone and, in the last stage, the prototypes."""
         step = self.course.step
-        if step and step % self.config.refresh == 0 and self.course.refreshed != step:
-            self.refresh()
+        self._on_schedule(step)
         rate, margin = self.config.rate(progress), self.config.margin_at(progress)
         views = self.feed.take(step)
         loss = self.descent.backward(views, lambda h: self._loss(h, views.rows, margin))
@@ -215,7 +226,7 @@ class Trainer:
         elif self.course.stage == "margin":
             self.head.update(self.config.head_lr * rate)
         figures = {**self.course.told(), "loss": loss, "margin": round(margin, 4), "lr": self.config.lr * rate}
-        self.course.note(figures, self.config.batch)
+        self.course.note(figures, self.config.drawn(self.course.stage)[0])
         return figures
 
     def _skip(self, why: str) -> None:

@@ -1,11 +1,17 @@
 """Which members of an ID to learn from when some labels are wrong: those that their own ID would be found for.
 
-Cleaning and learning help one another (METHOD.md section 8), so this is asked again and again, of the embedder of the moment.
+Cleaning and learning help one another (METHOD.md section 8), so this is asked again and again, of the embedder of the moment,
+and of every member each time: what a young embedder mistook may come back. n members, D dimensions, U prototypes.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train import parallel
+from train.encoder import Encoder
+from train.labelling import Labelling
 
 
 def sums(h: Tensor, labels: Tensor, live: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -34,17 +40,29 @@ def credible(h: Tensor, labels: Tensor, live: Tensor, total_UD: Tensor, count_U:
     return torch.cat(kept) if kept else live.clone()
 
 
-def purge(h: Tensor, labels: Tensor, live: Tensor, total_UD: Tensor, count_U: Tensor, *, nearest: int) -> Tensor:
-    """(n,) bool: the members to learn from now. Of an ID that would lose all of them, those that are live stay.
-
-    Every member is judged anew, those set aside before as well: what a young embedder mistook may come back. Only IDs with all
-    their members at hand may be given (members of one ID on one worker), or the last rule would be applied to a part of them.
-    """
-    keep = credible(h, labels, live, total_UD, count_U, nearest=nearest)
-    left = torch.zeros_like(count_U).index_add_(0, labels, keep.to(count_U.dtype))
+def spared(keep: Tensor, live: Tensor, labels: Tensor, ids: int) -> Tensor:
+    """(n,) bool: `keep`, and of an ID that would lose all its members those that are live. Takes the members of all workers."""
+    left = torch.zeros(ids, device=keep.device).index_add_(0, labels, keep.float())
     return keep | (live & (left[labels] == 0))
 
 
 def bound(share: float, rows: int, most: int = 300) -> int:
     """How many nearest centroids count as near: a share of all of them, at most `most`, at least one."""
     return max(1, min(most, round(share * rows)))
+
+
+def purged(encoder: Encoder, labelling: Labelling, share: float) -> np.ndarray:
+    """(n,) weights: those given to the members that are credible now, 0 for the others. The same on every worker.
+
+    share: of all prototypes, those that count as near (`bound`). Each worker encodes its part and holds its vectors, 4 n D / world
+    bytes, and compares them with all centroids, so this suits prototypes that fit into memory.
+    """
+    parts = [(b.rows[b.counted], h[torch.from_numpy(b.counted)]) for b, h in encoder.blocks(encoder.members())]
+    rows, h = np.concatenate([r for r, _ in parts]), torch.cat([v for _, v in parts])
+    labels, live = (torch.from_numpy(x).to(encoder.device) for x in (labelling.labels, labelling.weights > 0))
+    mine = torch.from_numpy(rows).to(encoder.device)
+    total, count = (parallel.add_up(x) for x in sums(h, labels[mine], live[mine], labelling.ids))
+    keep = torch.zeros(len(labels), device=encoder.device)
+    keep[mine] = credible(h, labels[mine], live[mine], total, count, nearest=bound(share, labelling.ids)).float()
+    left = spared(parallel.add_up(keep) > 0, live, labels, labelling.ids)
+    return np.where(left.cpu().numpy(), labelling.given, 0).astype(np.float32)

@@ -33,6 +33,7 @@ def publish(folder: Path, out: Path, selection: Selection, config: LoopConfig) -
         raise ValueError(f"the trained weights are not finite in {bad[:3]}")
     torch.manual_seed(config.seed)  # as the trainer does: the weights that it started from
     model = build(config.model)
+    model.hear(selection.corpus(0).said())
     names = []
     if config.model.backbone == "compact":
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "untrained.safetensors")
@@ -48,7 +49,7 @@ def publish(folder: Path, out: Path, selection: Selection, config: LoopConfig) -
         "products": len(rows),
         "pictures": int(selection.has_image.sum()),
         "steps": state["step"],
-        "images_seen": state["step"] * config.batch,
+        "images_seen": state["images"],
         "train_seconds": round(state["seconds"], 1),
         "parameters": sum(v.numel() for v in weights.values()),
         "skipped_steps": state["skipped"],

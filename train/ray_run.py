@@ -76,8 +76,7 @@ def _worker(told: dict[str, Any]) -> None:
     trainer = Trainer(config.loop, corpus, report, device=device)
     if trainer.rank == 0:
         told["board"].say.remote(trainer.capacity())
-    if before := checkpoint.newest_good_of_all(trainer, Path(told["folder"])):
-        checkpoint.restore(trainer, before)
+    checkpoint.begin(trainer, Path(told["folder"]), config.start_from)
     trained = trainer.run()
     _report(trainer, {"step": trained.step, "seconds": trained.seconds, **(trained.curves[-1] if trained.curves else {})})
 

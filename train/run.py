@@ -16,13 +16,24 @@ from train.selection import Selection
 from train.settings import LoopConfig
 
 LOCAL = ("train.local=true", "without Ray, in this process: on one GPU (train.use_gpu) or on the CPU")
-PLACES = {"workers", "local", "use_gpu", "max_failures", "cache_mb", "decoders", "stream_rows"}  # where a run happens, not what it comes to
+PLACES = {
+    "workers",
+    "local",
+    "use_gpu",
+    "max_failures",
+    "cache_mb",
+    "decoders",
+    "stream_rows",
+    "keep_checkpoint",
+}  # where a run happens, not what it comes to
 
 
 class TrainConfig(Table):
     """`fractions`: shares of the training families for embedder, reranker and calibration (METHOD.md section 7).
 
-    `assignments`: a parquet file of ASSIGNMENTS (idem.schema) to take labels from; "" takes the items' product_id.
+    `assignments`: a parquet file of ASSIGNMENTS (idem.schema) to take labels from; "" takes the items' product_id. `start_from`: the
+    folder of a checkpoint of an earlier run, perhaps on fewer items; prototypes are known again by their product, and `warm_up` is
+    over if it was over there. A run keeps its last checkpoint for that under embedder/checkpoints/ where `keep_checkpoint` is set.
     """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -30,6 +41,8 @@ class TrainConfig(Table):
     local: bool = False
     fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
     assignments: str = ""
+    start_from: str = ""
+    keep_checkpoint: bool = False
     held_back: Annotated[int, Field(ge=0)] = 300  # pictures of the calibration fold that the training curve is measured on
     cache_mb: Annotated[int, Field(ge=0)] = 1024  # decoded pictures a worker keeps
     stream_rows: Annotated[int, Field(ge=1)] = 20_000  # rows from which Ray Data decodes a stream; below, starting it takes longer
@@ -55,6 +68,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if not Path(config.assignments).is_file():
             raise ValueError(f"there is no file of assignments at {config.assignments} (train.assignments)")
         inputs["assignments"] = manifest.checksum(config.assignments).sha256[:16]
+    if config.start_from:
+        if not (Path(config.start_from) / "manifest.json").is_file():
+            raise ValueError(f"there is no finished checkpoint at {config.start_from} (train.start_from)")
+        inputs["start"] = manifest.checksum(storage.join(config.start_from, "manifest.json")).sha256[:16]
     made = manifest.Plan(parent=layout.embedder, kind="embedder", config=config.settings(), inputs=inputs)
     if before := made.finished():
         return {**before.figures, "skipped": True}
@@ -66,7 +83,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     try:
         if config.local:
             device = pick_device(config.use_gpu)
-            folder = train_here(config.loop, selection.corpus(config.cache_mb), checkpoints / name, device=device)
+            corpus = selection.corpus(config.cache_mb)
+            folder = train_here(config.loop, corpus, checkpoints / name, device=device, start_from=config.start_from)
         else:
             from train import ray_run  # a machine without Ray can train with --local
 
@@ -75,7 +93,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f"{error}. Checkpoints are kept in {checkpoints / name}") from error
     figures, files = publish(folder, storage.local_path(made.folder), selection, config.loop)
     made.write(figures=figures, files=files)
-    shutil.rmtree(checkpoints / name, ignore_errors=True)
+    if not config.keep_checkpoint:
+        shutil.rmtree(checkpoints / name, ignore_errors=True)
     return figures
 
 

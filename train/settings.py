@@ -24,21 +24,26 @@ class LoopConfig(BaseModel):
     head: HeadConfig = HeadConfig()
     minutes: Annotated[float, Field(gt=0)] = 2.0
     steps: Annotated[int, Field(ge=1)] = 100_000
-    batch: Annotated[int, Field(ge=8)] = 128  # over all workers
+    images: Annotated[int, Field(ge=0)] = 0  # rows drawn in all that end the run as well; 0 is no bound
+    batch: Annotated[int, Field(ge=8)] = 128  # of the warm-up, over all workers
     per_id: Annotated[int, Field(ge=2)] = 2
+    margin_batch: Annotated[int, Field(ge=1)] = 64  # of the margin stage
+    margin_per_id: Annotated[int, Field(ge=1)] = 1
     accumulate: Annotated[int, Field(ge=1)] = 1
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.4
+    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.1
     warm_up_similar: Annotated[float, Field(ge=0, le=1)] = 0.0
     prefixes: tuple[int, ...] = (64, 128, 256)
     tau: Annotated[float, Field(gt=0)] = 0.1
     scale: Annotated[float, Field(gt=0)] = 24.0
     margin: Annotated[float, Field(ge=0, lt=1.5)] = 0.25
-    similar: Annotated[float, Field(ge=0, le=1)] = 0.5
-    refresh: Annotated[int, Field(ge=1)] = 200  # steps between looks for similar prototypes, and between curations
+    similar: Annotated[float, Field(ge=0, le=1)] = 0.25
+    refresh: Annotated[int, Field(ge=1)] = 200  # steps between looks for similar prototypes
+    purge: Annotated[float, Field(ge=0, le=1)] = 0.0
+    purge_every: Annotated[int, Field(ge=1)] = 2  # of these looks, in the margin stage
     text_share: Annotated[float, Field(ge=0, le=1)] = 0.15  # of a batch, that bring their text
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    head_lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    head_lr: Annotated[float, Field(gt=0)] = 1e-2
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     augment: Annotated[float, Field(ge=0, le=1.5)] = 1.0
     bf16: bool = True  # where the hardware computes in it
@@ -54,14 +59,18 @@ class LoopConfig(BaseModel):
         if bad := [d for d in self.prefixes if not 1 <= d <= self.model.dim]:
             raise ValueError(f"prefixes {bad} are not in 1..{self.model.dim}, the model's dim")
 
+    def drawn(self, stage: str) -> tuple[int, int]:
+        """Rows of a global step in this stage, and how many of one ID."""
+        return (self.margin_batch, self.margin_per_id) if stage == "margin" else (self.batch, self.per_id)
+
     def divides(self, workers: int) -> None:
         """ValueError unless every micro-batch of every worker gets whole groups of one ID."""
-        groups = self.per_id * workers * self.accumulate
-        if self.batch % groups:
-            raise ValueError(
-                f"loop.batch = {self.batch} must divide by workers x loop.per_id x loop.accumulate = {workers} x {self.per_id} x "
-                f"{self.accumulate} = {groups}, so that every worker gets whole groups of one product"
-            )
+        for size, per_id, prefix in ((self.batch, self.per_id, ""), (self.margin_batch, self.margin_per_id, "margin_")):
+            if size % (groups := per_id * workers * self.accumulate):
+                raise ValueError(
+                    f"loop.{prefix}batch = {size} must divide by workers x loop.{prefix}per_id x loop.accumulate = {workers} x "
+                    f"{per_id} x {self.accumulate} = {groups}, so that every worker gets whole groups of one product"
+                )
 
     def rate(self, progress: float) -> float:
         """The share of the peak learning rate: a linear rise over the first 3 % of the run, then half a cosine to zero."""

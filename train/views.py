@@ -40,7 +40,7 @@ class Viewer:
 
     def __init__(self, corpus: Corpus, *, side: int, text_share: float, parts: int) -> None:
         self.corpus, self.side, self.text_share, self.parts = corpus, side, text_share, parts
-        self.has_text = np.array([bool(title) for title in corpus.titles])
+        self.has_text = np.array([bool(corpus.titles[r] or self._more(r)) for r in range(len(corpus.labels))])
         self.pictured, self.titled = np.flatnonzero(corpus.has_image), np.flatnonzero(self.has_text)
         self.images_used = len(self.pictured) > 0
         self.texts_used = text_share > 0 and len(self.titled) > 0
@@ -51,7 +51,7 @@ class Viewer:
         """The views of a worker's rows; everything random comes from `random`, whatever the number of parts."""
         with_text = self._with_text(rows, random)
         with_image = self.corpus.has_image[rows] & ~(with_text & (random.random(len(rows)) < 0.5))
-        texts = [noisy(self.corpus.titles[int(r)], random) if told else "" for r, told in zip(rows, with_text, strict=True)]
+        texts = [self._said(int(r), random) if told else "" for r, told in zip(rows, with_text, strict=True)]
         seed = int(random.integers(2**62))
         parts: list[Part] = []
         shown: list[np.ndarray] = []
@@ -62,6 +62,16 @@ class Viewer:
         pictures = np.concatenate(shown)
         stored = torch.from_numpy(self.corpus.pixels(pictures, self.side)) if len(pictures) else None
         return Views(rows, stored, parts, seed)
+
+    def _more(self, row: int) -> Sequence[str]:
+        return self.corpus.texts[row] if len(self.corpus.texts) else ()
+
+    def _said(self, row: int, random: np.random.Generator) -> str:
+        """The title, or as often what else is said of the product."""
+        title, more = self.corpus.titles[row], self._more(row)
+        if more and (not title or random.random() < 0.5):
+            title = more[int(random.integers(len(more)))]
+        return noisy(title, random)
 
     def _with_text(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
         if not self.texts_used:
@@ -82,7 +92,7 @@ class Viewer:
         text_rows = np.flatnonzero([bool(text) for text in texts])
         said: list[str] = [text for text in texts if text]
         if self.texts_used and not said:
-            said, text_rows, count = [str(self.corpus.titles[int(self.titled[0])])], np.array([count]), count + 1
+            said, text_rows, count = [self._said(int(self.titled[0]), np.random.default_rng(0))], np.array([count]), count + 1
         return Part(slice(before, before + len(images)), image_rows, said, text_rows, count, asked), images
 
 

@@ -153,13 +153,18 @@ def text_ndcg(data: Labelled, products: Sequence[str], scores: Callable[[Sequenc
 # One trial
 
 
+def _left(folder: Path, name: str) -> Path:
+    """Where a trial leaves its labels."""
+    return folder / f"{name.replace('/', '.')}.npz"
+
+
 def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> tuple[Decoded, np.ndarray]:
     """What the trial learns from, and which of its labels are right."""
     names, labels = spoilt(data.fields["product"][rows], noise=trial.noise, divided=trial.divided, seed=trial.seed)
     right = np.char.partition(names[labels].astype(str), "#")[:, 0] == data.fields["product"][rows]
     weights = np.ones(len(rows), np.float32)
     if trial.labels_of:
-        with np.load(earlier / f"{trial.labels_of}.npz") as z:
+        with np.load(_left(earlier, trial.labels_of)) as z:
             labels, weights = z["labels"], z["weights"]
     product = data.fields["product"][rows]
     made = Decoded(
@@ -186,7 +191,7 @@ def run(trial: Trial, data: Labelled, earlier: Path, device: str) -> dict[str, A
     trained = trainer.run()
     seconds = time.perf_counter() - start
     kept = trainer.labelling.weights > 0
-    np.savez(earlier / f"{trial.name}.npz", labels=trainer.labelling.labels, weights=trainer.labelling.weights)
+    np.savez(_left(earlier, trial.name), labels=trainer.labelling.labels, weights=trainer.labelling.weights)
     h = vectors(trainer.encoder, data.served[asked])
     dim = h.shape[1]
     told = {

@@ -1,10 +1,18 @@
 """Telling wrong labels: against a loop that says what is meant, and on data where the wrong ones are known."""
 
+import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from train import noise
+from tests.train.small import config, corpus, ignore, join, leave
+from train import checkpoint, noise
+from train.loop import Trainer
+
+
+def purge(h, labels, live, total, count, *, nearest):
+    return noise.spared(noise.credible(h, labels, live, total, count, nearest=nearest), live, labels, len(count))
 
 
 def clusters(ids: int = 40, each: int = 6, wrong: float = 0.2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,7 +46,7 @@ def test_the_blocks_agree_with_the_loop(nearest):
     h, labels, _ = clusters(ids=8, each=4, wrong=0.4)
     live = torch.rand(len(h), generator=torch.Generator().manual_seed(1)) < 0.8
     total, count = noise.sums(h, labels, live, 9)  # the last ID has no member
-    assert torch.equal(noise.purge(h, labels, live, total, count, nearest=nearest), slowly(h, labels, live, 9, nearest))
+    assert torch.equal(purge(h, labels, live, total, count, nearest=nearest), slowly(h, labels, live, 9, nearest))
     parts = noise.credible(h, labels, live, total, count, nearest=nearest, block=5)
     assert torch.equal(parts, noise.credible(h, labels, live, total, count, nearest=nearest))
 
@@ -46,7 +54,7 @@ def test_the_blocks_agree_with_the_loop(nearest):
 def test_wrong_labels_go_and_right_ones_stay():
     h, labels, right = clusters()
     total, count = noise.sums(h, labels, torch.ones_like(right), 40)
-    keep = noise.purge(h, labels, torch.ones_like(right), total, count, nearest=3)
+    keep = purge(h, labels, torch.ones_like(right), total, count, nearest=3)
     assert keep[right].float().mean() > 0.98
     assert keep[~right].float().mean() < 0.2
 
@@ -55,10 +63,10 @@ def test_who_was_set_aside_is_judged_again_and_no_id_vanishes():
     h, labels, right = clusters(wrong=0.0)
     live = torch.arange(len(h)) % 6 != 0
     total, count = noise.sums(h, labels, live, 40)
-    assert noise.purge(h, labels, live, total, count, nearest=1).all()
+    assert purge(h, labels, live, total, count, nearest=1).all()
     scattered = F.normalize(torch.randn(len(h), 32, generator=torch.Generator().manual_seed(2)), dim=1)
     total, count = noise.sums(scattered, labels, right, 40)
-    keep = noise.purge(scattered, labels, right, total, count, nearest=1)
+    keep = purge(scattered, labels, right, total, count, nearest=1)
     assert set(labels[keep].tolist()) == set(range(40))
 
 
@@ -67,8 +75,37 @@ def test_an_id_of_one_member_keeps_it():
     labels, live = torch.arange(3), torch.ones(3, dtype=torch.bool)
     total, count = noise.sums(h, labels, live, 3)
     assert not noise.credible(h, labels, live, total, count, nearest=1).any()
-    assert noise.purge(h, labels, live, total, count, nearest=1).all()
+    assert purge(h, labels, live, total, count, nearest=1).all()
 
 
 def test_the_bound_is_a_share_and_at_most_some_hundreds():
     assert [noise.bound(0.12, rows) for rows in (2, 38, 2500, 10**9)] == [1, 5, 300, 300]
+
+
+def _purged(rank: int, world: int, meet: str, out: str) -> None:
+    join(rank, world, meet)
+    trainer = Trainer(config(steps=6, purge=0.2), corpus(), ignore)
+    np.save(f"{out}/{rank}-of-{world}.npy", noise.purged(trainer.encoder, trainer.labelling, 0.2))
+    leave()
+
+
+def test_every_worker_comes_to_the_same_members(tmp_path):
+    for world in (1, 3):
+        mp.spawn(_purged, args=(world, str(tmp_path / f"meet-{world}"), str(tmp_path)), nprocs=world)
+    one, *several = (np.load(tmp_path / name) for name in ("0-of-1.npy", "0-of-3.npy", "1-of-3.npy", "2-of-3.npy"))
+    assert 0 < one.sum() <= 18
+    assert all(np.array_equal(one, other) for other in several)
+
+
+def test_training_sets_wrong_labels_aside_and_a_checkpoint_knows_them(tmp_path):
+    made = corpus(8)
+    made.labels = made.labels.copy()
+    made.labels[1] = 5  # a picture of product 0 among those of product 5
+    trainer = Trainer(config(steps=160, lr=5e-3, warm_up=0.5, refresh=20, purge=0.12, purge_every=1), made, ignore)
+    trainer.run()
+    assert trainer.labelling.weights[1] == 0
+    assert trainer.labelling.weights.sum() >= 18
+    checkpoint.save(trainer, tmp_path)
+    again = Trainer(config(steps=160, purge=0.12), made, ignore)
+    checkpoint.restore(again, tmp_path)
+    assert np.array_equal(again.labelling.weights, trainer.labelling.weights)

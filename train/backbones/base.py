@@ -46,6 +46,9 @@ class Backbone(nn.Module, ABC):
     def save(self, folder: Path) -> list[str]:
         """Write everything that `load` of the same backbone needs; the names of the files, relative to `folder`."""
 
+    def hear(self, texts: Sequence[str]) -> None:
+        """Texts of the training rows, before the first step: how often words are said may matter. The same on every worker."""
+
     def layers(self) -> list[nn.Module]:
         """The blocks that a sharded data-parallel wrapper takes one by one; none where the whole is small."""
         return []

@@ -206,6 +206,9 @@ class Compact(Backbone):
             total = total.index_add(0, inputs["text_rows"], self.text_weight.exp() * said)
         return F.normalize(total, dim=1)
 
+    def hear(self, texts: Sequence[str]) -> None:
+        self.lexicon.weigh(texts)
+
     def train_only(self, *, images: bool, texts: bool) -> None:
         self.vision.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         for module in (self.text, self.text_out, self.lexicon):
