@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,9 +107,10 @@ def finals(parts: Sequence[str], seeds: Sequence[int], best: Mapping[str, str], 
 # What is made of it
 
 
-def gathered(done: Mapping[str, Mapping[str, Any]], what: str, field: str = "hits") -> list[paired.Hits]:
-    """Hits of one side, a seed each."""
-    return [d[field] for name, d in sorted(done.items()) if name.rsplit(" ", 1)[0] == what]
+def gathered(done: Mapping[str, Mapping[str, Any]], what: str, field: str = "hits") -> dict[str, paired.Hits]:
+    """Hits of one side by seed."""
+    sides = {name: name.rsplit(" ", 1) for name in done}
+    return {sides[name][1]: d[field] for name, d in done.items() if sides[name][0] == what}
 
 
 def families_of(data: Labelled, which: str) -> dict[str, np.ndarray]:
@@ -121,16 +123,18 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
     lines: list[dict[str, Any]] = []
 
     def line(name: str, ours: str, theirs: str, *, least: float | None = None, low: float | None = None, field: str = "hits") -> None:
-        a, b = gathered(done, ours, field), gathered(done, theirs)
-        if not a or not b:
+        sides = gathered(done, ours, field), gathered(done, theirs)
+        seeds = sorted(set(sides[0]) & set(sides[1]))
+        if not seeds:
             return
+        a, b = ([side[seed] for seed in seeds] for side in sides)
         which = "grocery" if ours.startswith("grocery") else "emoji"
         gain, lower, upper = (100 * x for x in paired.difference(a, b, families_of(data[which], which)))
         holds = [gain >= least] if least is not None else []
         holds += [lower > low] if low is not None else []
         bar = ", ".join(f"{what} {value:g}" for what, value in ((">=", least), ("low >", low)) if value is not None)
         value, peer = (100 * float(np.mean([paired.mean(h) for h in hits])) for hits in (a, b))
-        told = {"name": name, "ours": value, "peer": peer, "points": gain, "low": lower, "high": upper, "seeds": len(a)}
+        told = {"name": name, "ours": value, "peer": peer, "points": gain, "low": lower, "high": upper, "seeds": len(seeds)}
         lines.append({**told, "bar": bar, "holds": all(holds) if holds else None})
 
     line("three stages against InfoNCE", "claim/stages", "claim/contrast", least=6, low=0)
@@ -217,7 +221,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         folders = {name: _prepared(arguments, name, folder) for name in sets}
         data = {name: load(path) for name, path in folders.items()}
         images = {name: arguments.images or count for name, count in IMAGES.items()}
-        how = {"processes": arguments.processes, "device": arguments.device, "tell": _tell}
+        until = time.monotonic() + (arguments.budget or 10**9)
+        how = {"processes": arguments.processes, "device": arguments.device, "until": until, "tell": _tell}
         done: dict[str, dict[str, Any]] = {}
         best = {"contrast": arguments.contrast, "stages": arguments.stages}
         if arguments.search:
@@ -269,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default="slow", choices=list(STAGES), help="setting of the three stages")
     parser.add_argument("--images", type=int, default=0, help=f"of a trial; by default {IMAGES}")
     parser.add_argument("--processes", type=int, default=2, help="trials at the same time")
+    parser.add_argument("--budget", type=float, default=0, help="seconds after which trials that are not done are left out; 0 for none")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", default="../shared/data", help="the folder of the public sets")
     parser.add_argument("--packed", default="", help="a folder with emoji.npz and grocery.npz (benchmarks.tools.labelled)")

@@ -14,6 +14,7 @@ from train.local import pick_device, train_here
 from train.publish import publish
 from train.selection import Selection
 from train.settings import LoopConfig
+from train.texts import TextSource
 
 LOCAL = ("train.local=true", "without Ray, in this process: on one GPU (train.use_gpu) or on the CPU")
 PLACES = {
@@ -41,6 +42,7 @@ class TrainConfig(Table):
     local: bool = False
     fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
     assignments: str = ""
+    texts: tuple[TextSource, ...] = ()  # what else is said of products, beside the items' titles
     start_from: str = ""
     keep_checkpoint: bool = False
     held_back: Annotated[int, Field(ge=0)] = 300  # pictures of the calibration fold that the training curve is measured on
@@ -56,7 +58,7 @@ class TrainConfig(Table):
         self.loop.divides(1 if self.local else self.workers)
 
     def selection(self, uri: str, version: int) -> Selection:
-        return Selection(uri, version, fractions=self.fractions, held_back=self.held_back, assignments=self.assignments)
+        return Selection(uri, version, fractions=self.fractions, held_back=self.held_back, assignments=self.assignments, texts=self.texts)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if not Path(config.assignments).is_file():
             raise ValueError(f"there is no file of assignments at {config.assignments} (train.assignments)")
         inputs["assignments"] = manifest.checksum(config.assignments).sha256[:16]
+    inputs |= {
+        f"texts/{i}": manifest.checksum(source.file).sha256[:16] for i, source in enumerate(config.texts) if Path(source.file).is_file()
+    }
     if config.start_from:
         if not (Path(config.start_from) / "manifest.json").is_file():
             raise ValueError(f"there is no finished checkpoint at {config.start_from} (train.start_from)")

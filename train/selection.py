@@ -10,6 +10,7 @@ from idem import folds
 from pipelines.items import open_items
 from train.corpus import Corpus, Held
 from train.labelling import PART
+from train.texts import TextSource, read_texts
 
 COLUMNS = ["item_id", "product_id", "family_id", "title", "id_split", "width"]
 
@@ -17,12 +18,21 @@ COLUMNS = ["item_id", "product_id", "family_id", "title", "id_split", "width"]
 class Selection:
     """Rows of the embedder's fold among the training families, labelled by product, or by a table of assignments where one is given.
 
-    `offsets`, `item_ids`, `titles`, `has_image`, `labels`, `weights`, `layers` are by row; `names` (U,) by label, unique.
+    `offsets`, `item_ids`, `titles`, `texts`, `has_image`, `labels`, `weights`, `layers` are by row; `names` (U,) by label, unique.
     `assignments` is a parquet file of ASSIGNMENTS (idem.schema); items it does not name are left out, and confidence weighs.
     ValueError where there are not two products to tell apart.
     """
 
-    def __init__(self, uri: str, version: int, *, fractions: tuple[float, float, float], held_back: int, assignments: str = "") -> None:
+    def __init__(
+        self,
+        uri: str,
+        version: int,
+        *,
+        fractions: tuple[float, float, float],
+        held_back: int,
+        assignments: str = "",
+        texts: Sequence[TextSource] = (),
+    ) -> None:
         self.items = open_items(uri, version)
         table = self.items.table(COLUMNS)
         column = {name: np.array(table[name].to_pylist(), dtype=object) for name in COLUMNS}
@@ -45,6 +55,8 @@ class Selection:
         self.item_ids = column["item_id"][self.offsets].astype(str)
         self.titles: list[str] = column["title"][self.offsets].tolist()
         self.has_image = pictured[self.offsets]
+        said = read_texts(texts)
+        self.texts = [said.get(product, ()) for product in products[self.offsets].astype(str)] if said else []
         held = np.flatnonzero((fold == "calibrate") & pictured)
         order = np.argsort(products[held].astype(str), kind="stable")[:held_back]  # whole products
         self.held_offsets, self.held_products = held[order], products[held][order].astype(str)
@@ -69,6 +81,7 @@ class Selection:
             titles=self.titles,
             has_image=self.has_image,
             labels=self.labels,
+            texts=self.texts,
             weights=self.weights,
             names=self.names.tolist(),
             item_ids=self.item_ids,

@@ -1,6 +1,7 @@
 """One training run on labelled pictures and what it finds among products never trained on; many of them, a few at a time."""
 
 import multiprocessing
+import queue
 import tempfile
 import time
 import traceback
@@ -235,9 +236,18 @@ def _serve(jobs: Any, answers: Any, folders: Mapping[str, str], earlier: str, de
 
 
 def run_all(
-    trials: Sequence[Trial], folders: Mapping[str, Path], *, processes: int, device: str, tell: Callable[[str, dict[str, Any]], None]
+    trials: Sequence[Trial],
+    folders: Mapping[str, Path],
+    *,
+    processes: int,
+    device: str,
+    until: float,
+    tell: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Figures by name. A trial that takes another's labels waits for it. ValueError once one fails."""
+    """Figures by name, of those that were done by `until` (time.monotonic). One that takes another's labels waits for it.
+
+    ValueError once one fails.
+    """
     context = multiprocessing.get_context("spawn")
     jobs, answers = context.Queue(), context.Queue()
     done: dict[str, dict[str, Any]] = {}
@@ -252,15 +262,16 @@ def run_all(
                 for trial in [t for t in waiting if not t.labels_of or t.labels_of in done]:
                     jobs.put(asdict(trial))
                     waiting.remove(trial)
-                name, figures = answers.get()
+                try:
+                    name, figures = answers.get(timeout=max(until - time.monotonic(), 0.01))
+                except queue.Empty:
+                    break
                 if "error" in figures:
                     raise ValueError(f"the trial {name} failed: {figures['error']}")
                 done[name] = figures
                 tell(name, figures)
         finally:
-            for _ in workers:
-                jobs.put(None)
-            for worker in workers:
-                worker.join(2)
+            for worker in workers:  # daemons; what they are at has come too late
                 worker.kill()
+                worker.join()
     return done
