@@ -132,6 +132,23 @@ def test_prototypes_come_and_go_and_those_that_stay_are_bit_exact(tmp_path):
     assert again.run().step == 12
 
 
+def test_a_larger_catalogue_goes_on_from_what_an_earlier_run_learnt(tmp_path):
+    old = Trainer(config(steps=8), corpus(5, names=list("abcde")), ignore)
+    old.run()
+    earlier = checkpoint.keep(old, tmp_path / "earlier")
+    new = Trainer(config(steps=6), corpus(6, names=list("fedcba")), ignore)
+    checkpoint.begin(new, tmp_path / "now", str(earlier))
+    assert (new.course.stage, new.course.step) == ("margin", 0)
+    assert torch.equal(new.head.whole()[1:].flip(0), old.head.whole())
+    assert new.run().step == 6
+    own = checkpoint.keep(new, tmp_path / "now")
+    again = Trainer(config(steps=6), corpus(6, names=list("fedcba")), ignore)
+    checkpoint.begin(again, own.parent, str(earlier))
+    assert again.course.step == 6, "its own checkpoint goes before the earlier run's"
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints is whole: .*never finished"):
+        checkpoint.begin(new, tmp_path / "nowhere", str(tmp_path))
+
+
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(tmp_path, caplog):
     trainer = trained(tmp_path)
     older = checkpoint.found(tmp_path)[0]
@@ -142,16 +159,16 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_is_used(tmp_path, 
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
     damaged.write_bytes(data)
-    assert checkpoint.newest_good_of_all(trainer, tmp_path) == older
+    assert checkpoint.newest_good_of_all(trainer, checkpoint.found(tmp_path)) == older
     assert "optimizer.safetensors does not match its checksum" in caplog.text
     with pytest.raises(ValueError, match=r"is damaged: .*optimizer\.safetensors does not match"):
         checkpoint.restore(trainer, newer)
     (older / checkpoint.MODEL).unlink()
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints is whole: .*model\.safetensors is missing"):
-        checkpoint.newest_good_of_all(trainer, tmp_path)
+        checkpoint.newest_good_of_all(trainer, checkpoint.found(tmp_path))
     (older / checkpoint.MANIFEST).write_text("{}")
     assert "is damaged" in checkpoint.damage(older)[0]
-    assert checkpoint.newest_good_of_all(trainer, tmp_path / "elsewhere") is None
+    assert checkpoint.newest_good_of_all(trainer, []) is None
 
 
 def _killed_while_saving(rank: int, folder: str, files: int) -> None:
@@ -189,7 +206,7 @@ def test_a_kill_while_saving_leaves_the_last_good_one(files, tmp_path):
         mp.spawn(_killed_while_saving, args=(str(tmp_path), files), nprocs=1)
     assert (tmp_path / "partial-000000009").exists(), "it was killed at another time than it should"
     trainer = Trainer(config(steps=8), corpus(), ignore)
-    good = checkpoint.newest_good_of_all(trainer, tmp_path)
+    good = checkpoint.newest_good_of_all(trainer, checkpoint.found(tmp_path))
     assert good
     checkpoint.restore(trainer, good)
     assert trainer.course.step == 8
@@ -221,8 +238,8 @@ def test_the_best_look_is_kept_with_its_prototypes(tmp_path):
 
 def test_what_curation_changed_goes_on(tmp_path):
     class Curious(Trainer):
-        def curate(self) -> None:
-            if self.course.stage == "margin" and not self.labelling.changed:
+        def purge(self) -> None:
+            if not self.labelling.changed:
                 self.labelling.set(np.roll(self.labelling.labels, 1), np.where(np.arange(18) == 4, 0.0, 1.0))
 
     trainer = Curious(config(steps=8), corpus(), ignore)

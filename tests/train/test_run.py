@@ -98,6 +98,7 @@ def test_a_killed_worker_costs_steps_and_nothing_else(root):
 
 @pytest.mark.ray
 def test_products_never_to_be_trained_on_are_not(root):
+    run(settings(root, steps=12, local=True))
     folder = manifest.current(storage.Layout(root).embedder, kind="embedder")
     known = set(pq.read_table(Path(folder) / "prototypes.parquet")["product_id"].to_pylist())
     unseen = open_items(storage.Layout(root).items).table(["product_id"], "id_split = 'dev_unseen'")["product_id"].to_pylist()
@@ -226,7 +227,10 @@ def test_labels_come_from_a_table_of_assignments_where_one_is_given(root, tmp_pa
     }
     path = str(tmp_path / "assignments.parquet")
     pq.write_table(pa.table(table, schema=schema.ASSIGNMENTS), path)
-    figures = run(settings(root, steps=12, local=True, assignments=path))
+    run(settings(root, steps=12, local=True, keep_checkpoint=True))
+    (earlier,) = checkpoints(root).glob("*/step-000000012")
+    figures = run(settings(root, steps=14, local=True, assignments=path, start_from=str(earlier)))
+    assert figures["steps"] == 14
     assert figures["products"] == len(np.unique(labels[1:]))
     folder = Path(manifest.current(layout.embedder, kind="embedder"))
     kept = pq.read_table(folder / "assignments.parquet")
@@ -236,6 +240,8 @@ def test_labels_come_from_a_table_of_assignments_where_one_is_given(root, tmp_pa
     assert f"{selection.names[2]}#part-99" in names
     with pytest.raises(ValueError, match=r"no file of assignments at .*none"):
         run(settings(root, steps=13, local=True, assignments=str(tmp_path / "none.parquet")))
+    with pytest.raises(ValueError, match="no finished checkpoint at"):
+        run(settings(root, steps=13, local=True, start_from=str(tmp_path)))
 
 
 def test_prototypes_are_named_by_what_most_of_their_members_are():
