@@ -242,9 +242,17 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = [spec for phase in phases(sizes, arguments.device, "", *settings) for spec in phase]
     measured: list[Measured] = []
     figures: list[Figure] = []
+    failed: list[str] = []
     with room(arguments.folder, wanted) as folder:
         for phase in phases(sizes, arguments.device, folder, *settings):
-            measured += (found := measure(phase, arguments.rounds, arguments.warm))
+            try:
+                found = measure(phase, arguments.rounds, arguments.warm)
+            except ValueError as error:
+                if arguments.device == "cpu" or not measured:
+                    raise
+                failed.append(str(error))  # what a device has no room for is a result too
+                continue
+            measured += found
             figures += compare(found, arguments.device)
     figures.append(memory(measured))
     sys.stderr.write(table(measured, figures) + "\n")
@@ -252,6 +260,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         "holds": verdict(figures),
         "figures": [rounded({**asdict(figure), "ratio": figure.ratio}) for figure in figures],
         "runs": [m.told() for m in measured],
+        **({"failed": failed} if failed else {}),
         **surroundings(JOB, PACKAGES[arguments.device]),
     }
     if not arguments.save:

@@ -3,7 +3,6 @@
 A step is the whole of it: rows fetched, logits, backward to the embeddings and the rows, optimizer, rows written back.
 """
 
-import math
 import os
 import threading
 import time
@@ -210,6 +209,9 @@ def timed(contender: Ours | Linear | Sampled, spec: Spec) -> tuple[float, float]
     return time.perf_counter() - began, time.process_time() - used
 
 
-def used(spec: Spec, memory: Memory) -> dict[str, float]:
-    device_gb = torch.cuda.max_memory_allocated() / 1e9 if spec.device == "cuda" else math.nan
-    return {"anonymous_mb": memory.look(), **({} if math.isnan(device_gb) else {"device_gb": device_gb})}
+def used(spec: Spec, memory: Memory) -> dict[str, Any]:
+    """Memory, and on which device."""
+    found: dict[str, Any] = {"anonymous_mb": memory.look()}
+    if spec.device == "cuda":
+        found |= {"device_gb": torch.cuda.max_memory_allocated() / 1e9, "device_name": torch.cuda.get_device_name()}
+    return found
