@@ -221,7 +221,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         folders = {name: _prepared(arguments, name, folder) for name in sets}
         data = {name: load(path) for name, path in folders.items()}
         images = {name: arguments.images or count for name, count in IMAGES.items()}
-        until = time.monotonic() + (arguments.budget or 10**9)
+        until = time.monotonic() + (arguments.budget or 10**6)
         how = {"processes": arguments.processes, "device": arguments.device, "until": until, "tell": _tell}
         done: dict[str, dict[str, Any]] = {}
         best = {"contrast": arguments.contrast, "stages": arguments.stages}
