@@ -235,7 +235,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stderr.write(f"{trial_table(done)}\n\nchosen: {best}\n\n{table(lines)}\n")
     told = {
-        "holds": all(x["holds"] for x in lines if x["holds"] is not None),
+        "holds": bool(lines) and all(x["holds"] for x in lines if x["holds"] is not None),
         "chosen": best,
         "figures": [rounded(x) for x in lines],
         "trials": {name: {k: v for k, v in d.items() if not k.startswith("hits")} | {"R@1": _by_task(d)} for name, d in done.items()},

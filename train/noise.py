@@ -20,7 +20,7 @@ def sums(h: Tensor, labels: Tensor, live: Tensor, rows: int) -> tuple[Tensor, Te
     return total, h.new_zeros(rows).index_add_(0, labels[live], h.new_ones(int(live.sum())))
 
 
-def credible(h: Tensor, labels: Tensor, live: Tensor, total_UD: Tensor, count_U: Tensor, *, nearest: int, block: int = 1024) -> Tensor:
+def credible(h: Tensor, labels: Tensor, live: Tensor, total_UD: Tensor, count_U: Tensor, *, nearest: int, block: int = 0) -> Tensor:
     """(n,) bool: whether a member's own centroid, made without it, is among the `nearest` centroids to it.
 
     h (n, D) L2-normalised; labels (n,); live (n,) tells who made up `total_UD` and `count_U` (of all workers' members: `sums`).
@@ -64,5 +64,6 @@ def purged(encoder: Encoder, labelling: Labelling, share: float) -> np.ndarray:
     total, count = (parallel.add_up(x) for x in sums(h, labels[mine], live[mine], labelling.ids))
     keep = torch.zeros(len(labels), device=encoder.device)
     keep[mine] = credible(h, labels[mine], live[mine], total, count, nearest=bound(share, labelling.ids)).float()
-    left = spared(parallel.add_up(keep) > 0, live, labels, labelling.ids)
+    counted = torch.from_numpy(labelling.given > 0).to(encoder.device)
+    left = spared((parallel.add_up(keep) > 0) & counted, live, labels, labelling.ids)
     return np.where(left.cpu().numpy(), labelling.given, 0).astype(np.float32)

@@ -41,7 +41,13 @@ def fit(config: "TrainConfig", selection: Selection, uri: str, version: int, *, 
         )
     (checkpoints / name).mkdir(parents=True, exist_ok=True)
     with ray_train.bar("training") as board:
-        told = {"config": config.model_dump(), "items": uri, "version": version, "folder": str(checkpoints / name), "board": board}
+        told = {
+            "config": anywhere(config).model_dump(),
+            "items": uri,
+            "version": version,
+            "folder": str(checkpoints / name),
+            "board": board,
+        }
         return ray_train.fit(
             _worker,
             told,
@@ -52,6 +58,18 @@ def fit(config: "TrainConfig", selection: Selection, uri: str, version: int, *, 
             max_failures=config.max_failures,
             datasets=datasets(config, selection, uri, version),
         )
+
+
+def anywhere(config: "TrainConfig") -> "TrainConfig":
+    """Paths made absolute: Ray Train gives each worker a directory of its own."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if path else path
+
+    texts = tuple(source.model_copy(update={"file": absolute(source.file)}) for source in config.texts)
+    return config.model_copy(
+        update={"assignments": absolute(config.assignments), "start_from": absolute(config.start_from), "texts": texts}
+    )
 
 
 def _worker(told: dict[str, Any]) -> None:

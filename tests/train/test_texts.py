@@ -6,6 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.ray_run import anywhere
+from train.run import TrainConfig
 from train.texts import TextSource, read_texts
 
 
@@ -34,3 +36,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="cannot read the texts"):
         read_texts([TextSource(file=str(tmp_path / "torn.parquet"), columns=("title",))])
+
+
+def test_paths_reach_the_workers_whatever_directory_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(root="out", texts=(TextSource(file="a.parquet", columns=("title",)),), assignments="b.parquet")
+    sent = anywhere(config)
+    assert sent.texts[0].file == str(tmp_path / "a.parquet")
+    assert sent.assignments == str(tmp_path / "b.parquet")
+    assert sent.start_from == ""
+    assert config.texts[0].file == "a.parquet", "what the artifact is named by does not change"
