@@ -18,7 +18,7 @@ class _Raw(io.RawIOBase):
         self.uri = uri
         filesystem, path = storage.open_filesystem(uri)
         with storage.reaching(uri):
-            self.file = filesystem.open_input_file(path)
+            self.file = storage.patiently(lambda: filesystem.open_input_file(path))
 
     def readable(self) -> bool:
         return True

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from idem import storage
+from idem import storage, streams
 from pipelines.normalize import MAX_TEXT
 from pipelines.text import clean
 
@@ -116,6 +116,5 @@ def write(uri: str, table: pa.Table, bucket: np.ndarray, buckets: int) -> None:
 def read(places: Iterable[tuple[str, int]]) -> Iterator[pa.RecordBatch]:
     """The batches at these places: a file, and the number of a batch in it."""
     for uri, number in places:
-        filesystem, path = storage.open_filesystem(uri)
-        with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as file:
+        with streams.open_random(uri) as stream, pa.ipc.open_file(stream) as file:
             yield file.get_batch(number)

@@ -25,9 +25,9 @@ from train.course import Course
 from train.descent import Descent, groups
 from train.encoder import Encoder
 from train.feed import Feed
+from train.head.prototypes import PrototypeHead, gather
 from train.labelling import Labelling
 from train.noise import purged
-from train.prototypes import PrototypeHead, gather
 from train.settings import LoopConfig
 from train.views import Viewer, Views
 

@@ -15,7 +15,7 @@ from idem import schema
 from train import checkpoint
 from train.backbones import build
 from train.export import model_card
-from train.prototypes import whole_head
+from train.head.prototypes import whole_head
 from train.selection import Selection
 from train.settings import LoopConfig
 

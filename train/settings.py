@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from train.backbones import BackboneConfig
 from train.backbones.compact import CompactConfig
-from train.prototypes import HeadConfig
+from train.head.prototypes import HeadConfig
 
 
 class LoopConfig(BaseModel):

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.head.prototypes import HeadConfig, PrototypeHead
+from train.head.rows import STATELESS
 from train.losses import angular_margin
-from train.prototypes import HeadConfig, PrototypeHead
-from train.rows import STATELESS
 
 DIM, BATCH, SCALE, MARGIN = 64, 256, 32.0, 0.25
 OURS, LINEAR, SAMPLED = "ours", "nn.Linear", "sampled 10 %"

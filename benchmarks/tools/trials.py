@@ -1,12 +1,8 @@
-"""One training run on labelled pictures and what it finds among products never trained on; many of them, a few at a time."""
+"""One training run on labelled pictures and what it finds among products never trained on."""
 
-import multiprocessing
-import queue
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.tools.labelled import Labelled, load
+from benchmarks.tools.labelled import Labelled
 from idem import folds
 from idem.metrics import ndcg_at
 from train.corpus import Corpus
@@ -154,9 +150,9 @@ def text_ndcg(data: Labelled, products: Sequence[str], scores: Callable[[Sequenc
 # One trial
 
 
-def _left(folder: Path, name: str) -> Path:
-    """Where a trial leaves its labels."""
-    return folder / f"{name.replace('/', '.')}.npz"
+def left(folder: Path, name: str, ending: str) -> Path:
+    """Where a trial leaves its labels (npz) and its figures (json)."""
+    return folder / f"{name.replace('/', '.').replace(' ', '_')}.{ending}"
 
 
 def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> tuple[Decoded, np.ndarray]:
@@ -165,7 +161,7 @@ def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> 
     right = np.char.partition(names[labels].astype(str), "#")[:, 0] == data.fields["product"][rows]
     weights = np.ones(len(rows), np.float32)
     if trial.labels_of:
-        with np.load(_left(earlier, trial.labels_of)) as z:
+        with np.load(left(earlier, trial.labels_of, "npz")) as z:
             labels, weights = z["labels"], z["weights"]
     product = data.fields["product"][rows]
     made = Decoded(
@@ -192,7 +188,7 @@ def run(trial: Trial, data: Labelled, earlier: Path, device: str) -> dict[str, A
     trained = trainer.run()
     seconds = time.perf_counter() - start
     kept = trainer.labelling.weights > 0
-    np.savez(_left(earlier, trial.name), labels=trainer.labelling.labels, weights=trainer.labelling.weights)
+    np.savez(left(earlier, trial.name, "npz"), labels=trainer.labelling.labels, weights=trainer.labelling.weights)
     h = vectors(trainer.encoder, data.served[asked])
     dim = h.shape[1]
     told = {
@@ -219,59 +215,3 @@ def words(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
     encoder.model.eval()
     with torch.no_grad():
         return encoder.forward(encoder.model, None, nothing, list(texts), np.arange(len(texts)), len(texts)).cpu().numpy()
-
-
-# Many trials
-
-
-def _serve(jobs: Any, answers: Any, folders: Mapping[str, str], earlier: str, device: str) -> None:
-    torch.set_num_threads(1)
-    data = {name: load(Path(folder)) for name, folder in folders.items()}
-    while (said := jobs.get()) is not None:
-        trial = Trial(**said)
-        try:
-            answers.put((trial.name, run(trial, data[trial.set], Path(earlier), device)))
-        except Exception:
-            answers.put((trial.name, {"error": traceback.format_exc()}))
-
-
-def run_all(
-    trials: Sequence[Trial],
-    folders: Mapping[str, Path],
-    *,
-    processes: int,
-    device: str,
-    until: float,
-    tell: Callable[[str, dict[str, Any]], None],
-) -> dict[str, dict[str, Any]]:
-    """Figures by name, of those that were done by `until` (time.monotonic). One that takes another's labels waits for it.
-
-    ValueError once one fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    jobs, answers = context.Queue(), context.Queue()
-    done: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="idem-trials-") as earlier:
-        told = ({name: str(folder) for name, folder in folders.items()}, earlier, device)
-        workers = [context.Process(target=_serve, args=(jobs, answers, *told), daemon=True) for _ in range(min(processes, len(trials)))]
-        for worker in workers:
-            worker.start()
-        waiting = list(trials)
-        try:
-            while len(done) < len(trials):
-                for trial in [t for t in waiting if not t.labels_of or t.labels_of in done]:
-                    jobs.put(asdict(trial))
-                    waiting.remove(trial)
-                try:
-                    name, figures = answers.get(timeout=max(until - time.monotonic(), 0.01))
-                except queue.Empty:
-                    break
-                if "error" in figures:
-                    raise ValueError(f"the trial {name} failed: {figures['error']}")
-                done[name] = figures
-                tell(name, figures)
-        finally:
-            for worker in workers:  # daemons; what they are at has come too late
-                worker.kill()
-                worker.join()
-    return done

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train import candidates
-from train.masks import Duplicates
+from train.head import candidates
+from train.head.masks import Duplicates
+from train.head.prototypes import HeadConfig, PrototypeHead
 from train.neighbours import nearest
-from train.prototypes import HeadConfig, PrototypeHead
 
 
 def built(index, rows):
@@ -129,6 +129,6 @@ def test_duplicates_are_marked_both_ways():
 
 
 def test_the_head_needs_neither_ray_nor_lance_nor_faiss_until_it_indexes():
-    said = "import sys, train.prototypes; print([m for m in ('ray', 'lance', 'pyarrow', 'faiss', 'psutil') if m in sys.modules])"
+    said = "import sys, train.head.prototypes; print([m for m in ('ray', 'lance', 'pyarrow', 'faiss', 'psutil') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

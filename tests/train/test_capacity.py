@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from train.capacity import Room, capacity, needs, room_here
-from train.prototypes import HeadConfig, PrototypeHead
+from train.head.capacity import Room, capacity, needs, room_here
+from train.head.prototypes import HeadConfig, PrototypeHead
 
 GIB = 1 << 30
 ROOM = Room(device=80 * GIB, host=128 * GIB, file=1000 * GIB)

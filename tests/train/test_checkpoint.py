@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from tests.train.small import config, corpus, ignore, join, largest_difference, leave
 from train import checkpoint
+from train.head.prototypes import whole_head
 from train.loop import Trainer
-from train.prototypes import whole_head
 
 
 def trained(folder: Path, steps: int = 8, **changes) -> Trainer:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from train import losses
-from train.prototypes import HeadConfig, PrototypeHead
+from train.head.prototypes import HeadConfig, PrototypeHead
 
 
 def test_info_nce_agrees_with_a_loop_over_pairs():

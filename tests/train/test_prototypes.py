@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train import losses
-from train.prototypes import HeadConfig, PrototypeHead, gather, reference_loss, shard_range
+from train.head.prototypes import HeadConfig, PrototypeHead, gather, reference_loss, shard_range
 
 B, D, U = 8, 12, 23
 SETTINGS = {"prefixes": (4, 12), "scale": 16.0, "margin": 0.25}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from train.prototypes import HeadConfig, PrototypeHead, whole_head
-from train.rows import BETAS, EPS, pseudo_random_rows, round_stochastically
+from train.head.prototypes import HeadConfig, PrototypeHead, whole_head
+from train.head.rows import BETAS, EPS, pseudo_random_rows, round_stochastically
 
 U, D = 11, 6
 

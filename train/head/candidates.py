@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.sharding import gather
+from train.head.sharding import gather
 
 BLOCK = 1 << 16  # rows looked at together
 EXACT_ROWS = 50_000  # a worker's rows up to which the exact search is quick enough on a CPU

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import candidates
-from train.sharding import all_reduce
+from train.head import candidates
+from train.head.sharding import all_reduce
 
 TOGETHER = 4096  # prototypes looked up at once
 KNOWN = 1 << 16  # lists kept between rebuilds; 33 MB with 64 neighbours

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.head.masks import Duplicates
+from train.head.sharding import sharded_cross_entropy
 from train.losses import angular_margin, prefix
-from train.masks import Duplicates
-from train.sharding import sharded_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.sharding import gather
+from train.head.sharding import gather
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from train.rows import Storage
+from train.head.rows import Storage
 
 
 class HeadConfig(BaseModel):

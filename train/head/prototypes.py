@@ -2,7 +2,7 @@
 
 Each worker holds U/world prototypes and the whole global batch of B embeddings: it computes its own columns of the logits, and
 two small all-reduces give every worker the exact loss. The slow twin is `train.losses.reference_loss`. At serving time the head
-is dropped (METHOD.md section 2, stage 3). Rows and their optimizer are the head's own (`train.rows`), not a module's parameters.
+is dropped (METHOD.md section 2, stage 3). Rows and their optimizer are the head's own (`train.head.rows`), not a module's parameters.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import candidates, head_files
-from train.capacity import Capacity, capacity, room_here
-from train.head_batch import Batch, everyones
-from train.head_config import HeadConfig
-from train.head_loss import Columns, Objective, cross_entropies
+from train.head import candidates, files
+from train.head.batch import Batch, everyones
+from train.head.capacity import Capacity, capacity, room_here
+from train.head.config import HeadConfig
+from train.head.loss import Columns, Objective, cross_entropies
+from train.head.masks import Duplicates
+from train.head.neighbourhood import Neighbourhood
+from train.head.rows import SCALARS, UNWRITTEN, Fetched, Rows, Start, merged, pseudo_random_rows
+from train.head.sharding import gather, gathered_rows, shard_range
 from train.losses import reference_loss, weighted_mean
-from train.masks import Duplicates
-from train.neighbourhood import Neighbourhood
-from train.rows import SCALARS, UNWRITTEN, Fetched, Rows, Start, merged, pseudo_random_rows
-from train.sharding import gather, gathered_rows, shard_range
 
 __all__ = ["HeadConfig", "PrototypeHead", "capacity", "gather", "reference_loss", "shard_range", "whole_head"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -153,7 +153,7 @@ class PrototypeHead:
         """(n, k) global ids of the nearest other prototypes of each label, best first, by the whole row; k is bounded by U - 1.
 
         The same on every worker. Collective. Exact up to 50,000 prototypes a worker and on a GPU; beyond, by the index of the
-        last refresh (`train.neighbourhood.Neighbourhood.near`).
+        last refresh (`train.head.neighbourhood.Neighbourhood.near`).
         """
         return self.neighbourhood.near(labels, k)
 
@@ -225,7 +225,7 @@ class PrototypeHead:
     def save(self, folder: Path) -> list[str]:
         """Write this worker's rows and optimizer state; the names of the files. Rows that the start rule gives are left out."""
         name = f"head-{self.rank}-of-{self.world}.safetensors"
-        head_files.write_rows(self.store, folder / name, self._said())
+        files.write_rows(self.store, folder / name, self._said())
         return [name]
 
     def restore(self, folder: Path, mapping: np.ndarray | None = None) -> None:
@@ -234,12 +234,12 @@ class PrototypeHead:
         mapping (U,) names the old row of each prototype of this head, -1 for one that is new and keeps its start value; without
         it, both heads must have the same prototypes. ValueError names what is missing or does not fit.
         """
-        read = head_files.parts(folder)
+        read = files.parts(folder)
         said, own = read[0].said, self._said()
         if bad := [k for k in ("dim", "subcentres") if said[k] != own[k]]:
             raise ValueError(f"the checkpoint at {folder} has {[(k, said[k]) for k in bad]}, this run {[(k, own[k]) for k in bad]}")
-        old = head_files.old_ids(mapping, self.rows, said["rows"])
-        head_files.take(self.store, read, old, seed=self.seed, rule=self.rule)
+        old = files.old_ids(mapping, self.rows, said["rows"])
+        files.take(self.store, read, old, seed=self.seed, rule=self.rule)
         self.born, self.pending = said["born"], []
         self.neighbourhood.forget()
 
@@ -275,7 +275,7 @@ def whole_head(folder: Path) -> dict[str, Tensor]:
 
     Beside it, of all rows (U * K): `rows`, `moment`, `second`, `count`, `last`, `wins`. ValueError names what is missing.
     """
-    said = head_files.parts(folder)[0].said
+    said = files.parts(folder)[0].said
     config = HeadConfig(subcentres=said["subcentres"], dtype=said["dtype"])
     head = PrototypeHead(said["rows"], said["dim"], config, seed=said["seed"])
     head.rule = said["rule"]

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from train.rows import SCALARS, STATELESS, UNWRITTEN, Rows, pseudo_random_rows
+from train.head.rows import SCALARS, STATELESS, UNWRITTEN, Rows, pseudo_random_rows
 
 HEAD = re.compile(r"head-(\d+)-of-(\d+)\.safetensors")
 BLOCK = 1 << 18  # rows read or written together
