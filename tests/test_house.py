@@ -188,6 +188,18 @@ def test_links_in_the_documents_lead_somewhere() -> None:
     assert [f"{path}: {link}" for path, link in relative if ((ROOT / path).parent / link).resolve() not in there] == []
 
 
+@pytest.mark.parametrize(
+    ("package", "readers"),
+    [("pipelines", {"items"}), ("train", {"embedder", "neighbours", "reranker"}), ("index", {"merge", "release", "searcher"})],
+)
+def test_every_module_but_the_readers_is_closed_to_later_stages(package: str, readers: set[str]) -> None:
+    """A new module that the import contract does not name would be a reader unnoticed."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    closed = next(c["forbidden_modules"] for c in contracts if c["name"] == f"Stages meet at their readers alone: {package}")
+    there = {path.name.removesuffix(".py") for path in (ROOT / package).iterdir() if path.name[0] not in "._"}
+    assert {name.removeprefix(f"{package}.") for name in closed} == there - readers
+
+
 def test_the_readme_is_filled_in() -> None:
     assert PLACEHOLDER.findall(text("README.md")) == []
 
