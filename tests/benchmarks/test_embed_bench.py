@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import embed
-from benchmarks.tools import paired
+from benchmarks.tools import paired, verdicts
 from benchmarks.tools.tfidf import scores
 from benchmarks.tools.trials import spoilt
 
@@ -75,8 +75,8 @@ def test_bars_are_judged_by_difference_and_interval(monkeypatch):
     for seed in range(3):
         done[f"claim/contrast {seed}"] = {"hits": {"a": "10" * 100}, "hits_half": {"a": "10" * 100}}
         done[f"claim/stages {seed}"] = {"hits": {"a": "1110" * 50}, "hits_half": {"a": "1110" * 49 + "0000"}}
-    monkeypatch.setattr(embed, "families_of", lambda data, which: {"a": families})
-    lines = {x["name"]: x for x in embed.compared(done, {"emoji": None})}  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(verdicts, "families_of", lambda data, which: {"a": families})
+    lines = {x["name"]: x for x in verdicts.compared(done, {"emoji": None}, ["claim"])}  # pyright: ignore[reportArgumentType]
     assert lines["three stages against InfoNCE"]["points"] == pytest.approx(25)
     assert lines["three stages against InfoNCE"]["holds"]
     assert lines["half the dimensions against all"]["holds"]
