@@ -1,12 +1,16 @@
 """The comparison's arithmetic: the paired bootstrap, the peer of text search, spoilt labels, the plan of trials."""
 
+import json
+import time
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
 from benchmarks import embed
-from benchmarks.tools import paired, verdicts
+from benchmarks.tools import paired, pool, verdicts
 from benchmarks.tools.tfidf import scores
-from benchmarks.tools.trials import spoilt
+from benchmarks.tools.trials import Trial, left, spoilt
 
 FAMILIES = {"a": np.array(["f", "f", "g", "h"]), "b": np.array(["g", "h"])}
 
@@ -80,3 +84,21 @@ def test_bars_are_judged_by_difference_and_interval(monkeypatch):
     assert lines["three stages against InfoNCE"]["points"] == pytest.approx(25)
     assert lines["three stages against InfoNCE"]["holds"]
     assert lines["half the dimensions against all"]["holds"]
+
+
+def test_a_line_that_was_not_measured_does_not_hold():
+    lines = verdicts.compared({}, {}, ["claim", "noise"])
+    assert {x["holds"] for x in lines if x["bar"]} == {False}
+    assert "not done" in verdicts.table(lines)
+
+
+def test_a_trial_that_was_done_is_not_run_again_and_another_is(tmp_path):
+    trial = Trial(name="claim/stages 0", loop={"prefixes": (64, 128)})
+    kept = left(tmp_path, trial.name, "json")
+    kept.write_text(json.dumps({"trial": asdict(trial), "figures": {"seconds": 1}}))
+    how = {"processes": 1, "device": "cpu", "until": time.monotonic() + 60, "tell": lambda name, figures: None}
+    assert pool.run_all([trial], {}, tmp_path, **how) == {trial.name: {"seconds": 1}}
+    with pytest.raises(ValueError, match="1 of 1 processes of trials died"):  # the set of pictures is not there
+        pool.run_all([replace(trial, seed=1)], {"emoji": tmp_path / "nowhere"}, tmp_path, **how)
+    with pytest.raises(ValueError, match="labels are taken of trials that are not run: noise/measured"):
+        pool.run_all([replace(trial, labels_of="noise/measured/0.2 0")], {}, tmp_path, **how)
