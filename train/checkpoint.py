@@ -17,33 +17,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train import parallel
-from train.course import Course
-from train.labelling import PART
+from train.course import Course, Looks
+from train.labelling import mapping
 from train.loop import Trainer
 
-MANIFEST, STATE, MODEL, OPTIMIZER, ROWS, NAMES = (
-    "manifest.json",
-    "state.json",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "rows.safetensors",
-    "names.json",
-)
+MANIFEST, STATE, OPTIMIZER, NEIGHBOURS = "manifest.json", "state.json", "optimizer.safetensors", "neighbours.safetensors"
+MODEL, NAMES, ROWS = "model.safetensors", "names.json", "rows.safetensors"
 KEPT = 2  # checkpoints
-BEST = "best"  # folder of the weights and prototypes that looked best, where the run has patience
+BEST = "best"  # folder of what is published, as it was when it looked best, where the run has patience
+PARTIAL = "partial-"  # begins the name of a folder that is being written
 log = logging.getLogger(__name__)
 
 
 def save(trainer: Trainer, folder: Path) -> None:
     """Write this worker's files, and on worker 0 what all share, then the manifest. On all workers at once, into one folder or into
     folders whose files are put together afterwards."""
-    names = _weights(trainer, folder)
-    optimizer = {name: parallel.whole(value) for name, value in _optimizer(trainer).items()}
+    parallel.share_buffers(trainer.model)  # worker 0's are kept, so all go on with them
+    names = _published(trainer, folder)
+    optimizer = parallel.optimizer_state(trainer.model, trainer.optimizer)
     if trainer.rank == 0:
+        near = {} if trainer.similar is None else {"similar": torch.from_numpy(np.ascontiguousarray(trainer.similar))}
         save_file(optimizer, folder / OPTIMIZER)
-        save_file(_rows(trainer), folder / ROWS)
-        (folder / STATE).write_text(json.dumps(trainer.course.state()))
-        names += [OPTIMIZER, ROWS, STATE]
+        save_file(near, folder / NEIGHBOURS)
+        (folder / STATE).write_text(json.dumps({**trainer.course.state(), "rows": trainer.rows_id}))
+        names += [OPTIMIZER, NEIGHBOURS, STATE]
     names += _best(trainer, folder)
     said = {name: _checksum(folder / name) for name in names}
     everyone = parallel.everyones(said, trainer.device)  # every worker's files are there
@@ -52,42 +49,31 @@ def save(trainer: Trainer, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps({"kind": "checkpoint", "step": trainer.course.step, "files": files}, indent=1))
 
 
-def _weights(trainer: Trainer, folder: Path) -> list[str]:
-    """Backbone, names of the prototypes, and this worker's rows of them: what is published."""
+def _published(trainer: Trainer, folder: Path) -> list[str]:
+    """Backbone, prototypes (this worker's rows, and the names of all), and who belongs to them: what becomes the artifact."""
     names = trainer.head.save(folder)
     weights = {name: parallel.whole(value) for name, value in trainer.model.state_for_checkpoint().items()}
     if trainer.rank == 0:
         save_file(weights, folder / MODEL)
+        save_file(trainer.labelling.tensors(), folder / ROWS)
         (folder / NAMES).write_text(json.dumps(list(trainer.corpus.names)))
-        names += [MODEL, NAMES]
+        names += [MODEL, ROWS, NAMES]
     return names
 
 
 def _best(trainer: Trainer, folder: Path) -> list[str]:
-    """The best so far goes along with every checkpoint: from the weights of now, if they are it, else from what was kept of them."""
+    """The best so far goes along with every checkpoint: from what there is now, if that is it, else from what was kept."""
     if not trainer.config.patience or trainer.course.looks.step < 0:
         return []
     kept = trainer.folder / BEST
     if trainer.course.looks.step == trainer.course.step:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
-        _weights(trainer, kept)
+        _published(trainer, kept)
     if not kept.exists():
         return []
     shutil.copytree(kept, folder / BEST, dirs_exist_ok=True)
     return [f"{BEST}/{path.name}" for path in sorted(kept.iterdir())]
-
-
-def _optimizer(trainer: Trainer) -> dict[str, Tensor]:
-    """State of AdamW by the parameter's name."""
-    named = {id(p): name for name, p in trainer.model.named_parameters()}
-    return {f"{named[id(p)]}/{key}": value for p, state in trainer.optimizer.state.items() for key, value in state.items()}
-
-
-def _rows(trainer: Trainer) -> dict[str, Tensor]:
-    """What was changed of the rows' labels and weights, and which prototypes are similar, where that was looked up."""
-    similar = {} if trainer.similar is None else {"similar": torch.from_numpy(np.ascontiguousarray(trainer.similar))}
-    return {**trainer.labelling.tensors(), **similar}
 
 
 def _checksum(path: Path) -> dict[str, Any]:
@@ -128,7 +114,7 @@ def newest_good(folders: Sequence[Path]) -> Path | None:
 def keep(trainer: Trainer, parent: Path) -> Path:
     """Save below `parent`, whole or not at all, and remove all but the newest KEPT; the folder. On all workers at once, on one disk."""
     folder = parent / f"step-{trainer.course.step:09d}"
-    partial = parent / f"partial-{trainer.course.step:09d}"
+    partial = parent / f"{PARTIAL}{trainer.course.step:09d}"
     if trainer.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -156,80 +142,80 @@ def _step(folder: Path) -> tuple[int, str]:
         return -1, folder.name
 
 
-def newest_good_of_all(trainer: Trainer, folders: Sequence[Path]) -> Path | None:
-    """`newest_good` as worker 0 finds it: all workers must go on from the same. ValueError on all of them alike."""
-    folder, error = "", ""
-    if trainer.rank == 0:
-        try:
-            folder = str(newest_good(folders) or "")
-        except ValueError as damaged:
-            error = str(damaged)
-    folder, error = parallel.everyones([folder, error], trainer.device)[0]
-    if error:
-        raise ValueError(error)
-    return Path(folder) if folder else None
-
-
 def begin(trainer: Trainer, parent: Path, start_from: str = "") -> None:
     """Go on from the newest whole checkpoint below `parent`; where there is none, take up what the one at `start_from` has learnt.
 
-    The schedules then begin anew, at the margin if it had come so far. ValueError where no checkpoint is whole.
+    The schedules then begin anew, at the margin if it had come so far. ValueError, on all workers, where no checkpoint is whole.
     """
-    if before := newest_good_of_all(trainer, found(parent)):
-        restore(trainer, before)
-    elif start_from and (earlier := newest_good_of_all(trainer, [Path(start_from)])):
-        restore(trainer, earlier)
-        if trainer.course.stage == "margin":
-            trainer.course = Course("margin")
 
+    def newest() -> str:
+        for left in parent.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left)
+        return str(newest_good(found(parent)) or "")
 
-def mapping(old: Sequence[str], new: Sequence[str]) -> np.ndarray:
-    """(U_new,): the old row of each new prototype by its name, -1 for a new one.
-
-    A prototype split off from a product ("mug#part-1") goes on from the product's row, where it has none itself. One that was
-    merged into another is not asked for any more.
-    """
-    rows = {name: row for row, name in enumerate(old)}
-    return np.array([rows.get(name, rows.get(name.rpartition(PART)[0], -1)) for name in new], np.int64)
+    if before := parallel.by_worker_0(newest, trainer.device):
+        _take(trainer, Path(before), anew=False)
+    elif start_from:
+        parallel.by_worker_0(
+            lambda: _whole(Path(start_from), "choose another start_from, or none to train from the beginning"), trainer.device
+        )
+        _take(trainer, Path(start_from), anew=True)
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
     """Put the trainer where the checkpoint stands, on any number of workers, with prototypes added, removed or merged.
 
-    ValueError names what is damaged or does not fit. Rows of prototypes that stay are taken bit for bit.
+    ValueError, on all workers, names what is damaged or does not fit. Rows of prototypes that stay are taken bit for bit.
     """
-    if trainer.rank == 0 and (found := damage(folder)):
-        raise ValueError(f"the checkpoint at {folder} is damaged: {'; '.join(found)}")
+    parallel.by_worker_0(lambda: _whole(folder, "go on from another one"), trainer.device)
+    _take(trainer, folder, anew=False)
+
+
+def _whole(folder: Path, advice: str) -> None:
+    if found := damage(folder):
+        raise ValueError(f"the checkpoint at {folder} cannot be used: {'; '.join(found)}; {advice}")
+
+
+def _take(trainer: Trainer, folder: Path, *, anew: bool) -> None:
+    """What a checkpoint that was found whole holds; `anew` for a run of its own. What is of other rows is made anew."""
     own = trainer.model.state_for_checkpoint()
     weights = load_file(folder / MODEL)
     trainer.model.load_checkpoint({k: parallel.like(v, own[k]) if k in own else v for k, v in weights.items()})
-    _restore_optimizer(trainer, load_file(folder / OPTIMIZER))
-    old, new = json.loads((folder / NAMES).read_text()), list(trainer.corpus.names)
-    trainer.course = Course.resumed(json.loads((folder / STATE).read_text()))
-    rows = None if old == new else mapping(old, new)
-    if rows is not None and (rows < 0).any() and trainer.course.stage == "margin":
-        trainer.head.start_from(trainer.centroids())  # what new prototypes start from; the others are taken from the checkpoint
-    trainer.head.restore(folder, rows)
-    _restore_rows(trainer, load_file(folder / ROWS), same=old == new)
-    if (folder / BEST).exists() and trainer.config.patience and trainer.rank == 0:
+    parallel.load_optimizer(trainer.model, trainer.optimizer, load_file(folder / OPTIMIZER))
+    state = json.loads((folder / STATE).read_text())
+    earlier, same = Course.resumed(state), state["rows"] == trainer.rows_id
+    trainer.course = Course.after(earlier, trainer.config.warm_up) if anew else earlier
+    _take_labels(trainer, load_file(folder / ROWS), same=same)
+    _take_prototypes(trainer, folder)
+    if anew:
+        trainer.head.rejuvenate()
+    _take_neighbours(trainer, load_file(folder / NEIGHBOURS), same=same and not anew)
+    if not same:
+        trainer.course.looks = Looks()  # the best of other rows is not this run's
+    elif (folder / BEST).exists() and trainer.config.patience and trainer.rank == 0 and not anew:
         shutil.copytree(folder / BEST, trainer.folder / BEST, dirs_exist_ok=True)
 
 
-def _restore_optimizer(trainer: Trainer, state: dict[str, Tensor]) -> None:
-    named = dict(trainer.model.named_parameters())
-    if unknown := sorted({key.rpartition("/")[0] for key in state} - set(named)):
-        raise ValueError(f"the checkpoint's optimizer knows {len(unknown)} parameters that the backbone has not, as {unknown[0]}")
-    for key, value in state.items():
-        name, _, slot = key.rpartition("/")
-        trainer.optimizer.state[named[name]][slot] = value if slot == "step" else parallel.like(value, named[name])
-
-
-def _restore_rows(trainer: Trainer, kept: dict[str, Tensor], *, same: bool) -> None:
-    """Labels, weights and neighbours are of the very rows and prototypes that they were written for; for others, they are made anew."""
-    if "labels" in kept and same and len(kept["labels"]) == len(trainer.labelling.labels):
-        trainer.labelling.set(kept["labels"].numpy(), kept["weights"].numpy())
-    if "similar" in kept and same:
-        trainer.similar = kept["similar"].numpy()
-    elif trainer.course.stage == "margin":
+def _take_labels(trainer: Trainer, kept: dict[str, Tensor], *, same: bool) -> None:
+    """None are kept as long as they are those that were given."""
+    if not same and trainer.course.stage == "margin":
         trainer.purge()
+    elif same and kept:
+        trainer.labelling.set(kept["labels"].numpy(), kept["weights"].numpy())
+
+
+def _take_prototypes(trainer: Trainer, folder: Path) -> None:
+    """New ones start from their centroids where the head is what is trained."""
+    old, new = json.loads((folder / NAMES).read_text()), list(trainer.corpus.names)
+    rows = None if old == new else mapping(old, new)
+    if rows is not None and (rows < 0).any() and trainer.course.stage == "margin":
+        trainer.head.start_from(trainer.centroids())
+    trainer.head.restore(folder, rows)
+
+
+def _take_neighbours(trainer: Trainer, kept: dict[str, Tensor], *, same: bool) -> None:
+    """Of the very prototypes and backbone that they were looked up for; else, they are looked up anew."""
+    if same and (kept or not trainer.config.similar):
+        trainer.similar = kept["similar"].numpy() if kept else None
+    elif trainer.course.stage == "margin":
         trainer.mine()

@@ -1,11 +1,28 @@
-"""Where a run stands and what was seen on the way: counters, clock, curves, and the looks at the held-back slice."""
+"""Where a run stands, what was seen on the way, and what is left: counters, clock, curves, and the looks at the held-back slice."""
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KEPT = ("stage", "step", "refreshed", "images", "skipped", "curves")
+from train.backbones.base import Backbone
+from train.head.prototypes import PrototypeHead
+
+STAGES = ("warm-up", "centroids", "margin")
+KEPT = ("stage", "step", "refreshed", "images", "skipped", "finished", "curves")
 EVERY = 10  # steps between two rows of the curves
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trained:
+    """What the loop leaves on every worker; `curves` has a row of figures every tenth step and at each checkpoint."""
+
+    model: Backbone
+    head: PrototypeHead
+    step: int
+    seconds: float
+    curves: list[dict[str, Any]]
 
 
 @dataclass
@@ -32,13 +49,15 @@ class Looks:
 
 @dataclass
 class Course:
-    """`step` is the next one; `refreshed` the one of the last refresh; `images` counts rows drawn, `skipped` steps left out."""
+    """`step` is the next one; `refreshed` the one of the last refresh; `images` counts rows drawn, `skipped` steps left out.
+    A run that is `finished` has prototypes that mean something, whatever its stage."""
 
     stage: str
     step: int = 0
     refreshed: int = 0
     images: int = 0
     skipped: int = 0
+    finished: bool = False
     before: float = 0.0
     looks: Looks = field(default_factory=Looks)
     curves: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +67,7 @@ class Course:
 
     def begin(self) -> None:
         """The clock of this run starts."""
-        self.start = time.perf_counter()
+        self.start, self.finished = time.perf_counter(), False
         self._pace = (self.images, self.elapsed())
 
     def elapsed(self) -> float:
@@ -69,6 +88,17 @@ class Course:
         self._pace = (self.images, self.elapsed())
         self.curves.append(figures)
 
+    def skip(self, why: str, allowed: int) -> None:
+        """A step that is left out, or a FloatingPointError once too many were."""
+        self.skipped += 1
+        if self.skipped > allowed:
+            stands = f"the checkpoint of step {self.saved} stands" if self.saved >= 0 else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"{why} at step {self.step} ({self.stage}); such steps: {self.skipped}, allowed are {allowed} (loop.max_skipped); "
+                f"{stands}; a smaller loop.lr may help"
+            )
+        log.warning("%s at step %d (%s): left out", why, self.step, self.stage)
+
     def keep(self, figures: dict[str, Any]) -> None:
         """Figures of a look belong to the curves, once."""
         if not self.curves or self.curves[-1] is not figures:
@@ -78,6 +108,17 @@ class Course:
         """What a later run goes on from; JSON can hold it."""
         kept = {name: getattr(self, name) for name in KEPT}
         return {**kept, "seconds": self.elapsed(), "looks": asdict(self.looks)}
+
+    @classmethod
+    def first(cls, warm_up: float) -> "Course":
+        """A run from its beginning; `warm_up` is its share of InfoNCE."""
+        return cls(STAGES[0] if warm_up else STAGES[1])
+
+    @classmethod
+    def after(cls, earlier: "Course", warm_up: float) -> "Course":
+        """A run that takes up what an earlier one learnt: from its beginning, but for a warm-up that is over, and not the whole run."""
+        over = earlier.finished or earlier.stage == STAGES[2]
+        return cls(STAGES[2]) if over and warm_up < 1 else cls.first(warm_up)
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> "Course":

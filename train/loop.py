@@ -8,7 +8,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,19 @@ from train.backbones import build
 from train.backbones.base import Backbone
 from train.centroids import centroids
 from train.corpus import Corpus
-from train.course import Course
+from train.course import Course, Trained
 from train.descent import Descent, groups
 from train.encoder import Encoder
 from train.feed import Feed
 from train.head.prototypes import PrototypeHead, gather
-from train.labelling import Labelling
+from train.labelling import Labelling, fingerprint
 from train.noise import purged
 from train.settings import LoopConfig
 from train.views import Viewer, Views
 
-STAGES = ("warm-up", "centroids", "margin")
 NEIGHBOURS = 11  # prototypes near each that may come into a batch with it
 SAMPLED = 4  # members of an ID that make its centroid in the course of the warm-up
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Trained:
-    """What the loop leaves on every worker; `curves` has a row of figures every tenth step and at each checkpoint."""
-
-    model: Backbone
-    head: PrototypeHead
-    step: int
-    seconds: float
-    curves: list[dict[str, Any]]
 
 
 class Trainer:
@@ -59,10 +46,11 @@ class Trainer:
         config.divides(self.world)
         self.config, self.corpus, self.report = config, corpus, report
         self.labelling = Labelling(corpus.labels, len(corpus.names), corpus.weights)
+        self.rows_id = fingerprint(corpus.labels, self.labelling.given, corpus.names, corpus.item_ids)
         torch.manual_seed(config.seed)
         self.model: Backbone = build(config.model).to(self.device)
-        stored = self.model.side * 4 // 3  # room for the crops of augmentation
-        self.viewer = Viewer(corpus, side=stored, text_share=config.text_share, parts=config.accumulate)
+        room = self.model.side * 4 // 3  # for the crops of augmentation
+        self.viewer = Viewer(corpus, side=room, text_share=config.text_share, parts=config.accumulate)
         self.model.hear(corpus.said())
         self.model.train_only(images=self.viewer.images_used, texts=self.viewer.texts_used)
         self._scratch = tempfile.TemporaryDirectory(prefix="idem-train-")
@@ -73,7 +61,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups(self.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
         self.descent = Descent(self.net, self.encoder, self.optimizer, config.augment)
         self.feed = Feed(self._views, depth=config.prefetch, threads=config.decode_threads, end=config.steps)
-        self.course = Course(STAGES[0] if config.warm_up else STAGES[1])
+        self.course = Course.first(config.warm_up)
         self.similar: np.ndarray | None = None
         if self.rank == 0:
             log.info("%s", self.capacity())
@@ -138,6 +126,7 @@ class Trainer:
             self.head.start_from(self.centroids())
         if self.course.curves:
             self._look({**self.course.curves[-1], **self.course.told()})
+        self.course.finished = True
 
     def _tell(self, figures: dict[str, Any], due: bool) -> None:
         self.report(figures, due)
@@ -188,14 +177,9 @@ class Trainer:
     def _rows(self, step: int) -> np.ndarray:
         """This worker's rows of a step."""
         size, per_id = self.config.drawn(self.course.stage)
+        similar = self._similar_share()
         rows = plan.batch(
-            self.labelling.members,
-            seed=self.config.seed,
-            step=step,
-            size=size,
-            per_id=per_id,
-            neighbours=self.similar,
-            similar=self._similar_share(),
+            self.labelling.members, seed=self.config.seed, step=step, size=size, per_id=per_id, neighbours=self.similar, similar=similar
         )
         return plan.share(rows, self.rank, self.world, per_id)
 
@@ -230,17 +214,8 @@ class Trainer:
         return figures
 
     def _skip(self, why: str) -> None:
-        """Leave the step out, or end with an error once too many were."""
-        course, allowed = self.course, self.config.max_skipped
         self.head.discard()
-        course.skipped += 1
-        if course.skipped > allowed:
-            stands = f"the checkpoint of step {course.saved} stands" if course.saved >= 0 else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"{why} at step {course.step} ({course.stage}); such steps: {course.skipped}, allowed are {allowed} (loop.max_skipped); "
-                f"{stands}; a smaller loop.lr may help"
-            )
-        log.warning("%s at step %d (%s): left out", why, course.step, course.stage)
+        self.course.skip(why, self.config.max_skipped)
 
     # Vectors of rows
 

@@ -1,6 +1,7 @@
 """What the loop asks of a process group, and the two ways to share a backbone's training; alone, everything stays as it is."""
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,6 +54,35 @@ def everyones(said: Any, device: torch.device) -> list[Any]:
     return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(found, sizes, strict=True)]
 
 
+def by_worker_0(make: Callable[[], Any], device: torch.device) -> Any:
+    """What `make` gives on worker 0, on every worker; anything JSON can hold. What goes wrong there is a ValueError on all of them alike:
+    where one ended alone, the others would wait for it."""
+    said, error = None, ""
+    if rank_world()[0] == 0:
+        try:
+            said = make()
+        except (ValueError, OSError) as found:
+            error = str(found)
+    said, error = everyones([said, error], device)[0]
+    if error:
+        raise ValueError(error)
+    return said
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Worker 0's running statistics on every worker, in place. Collective.
+
+    Each worker's batch norm sees its own part of a batch: DDP shares buffers when a step begins, FSDP2 never. Buffers that no checkpoint
+    holds are constants.
+    """
+    if rank_world()[1] == 1:
+        return
+    kept = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            dist.broadcast(buffer, 0)
+
+
 def share_training(model: Backbone, kind: str) -> nn.Module:
     """The module to call in training: data-parallel ("ddp"), its weights sharded as well ("fsdp2"), or the model itself when alone.
 
@@ -66,7 +96,8 @@ def share_training(model: Backbone, kind: str) -> nn.Module:
         parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout, channels-last among them
     scalars = {parameter for parameter in model.parameters() if not parameter.ndim}  # nor those: their gradients are averaged here
     for parameter in scalars:
-        parameter.register_post_accumulate_grad_hook(_average)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average)
     for layer in model.layers():
         fully_shard(layer, reshard_after_forward=True)
     # Also the root: between an encoding and the next step its parameters would otherwise be whole, and no optimizer knows those.
@@ -96,3 +127,19 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer knows, whole, by the parameter's name and its own. Collective."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    return {f"{named[id(p)]}/{key}": whole(value) for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_state` back. ValueError for parameters that the model has not."""
+    named = dict(model.named_parameters())
+    if unknown := sorted({key.rpartition("/")[0] for key in state} - set(named)):
+        raise ValueError(f"the checkpoint's optimizer knows {len(unknown)} parameters that the backbone has not, as {unknown[0]}")
+    for key, value in state.items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[named[name]][slot] = value if slot == "step" else like(value, named[name])

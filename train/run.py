@@ -33,8 +33,9 @@ class TrainConfig(Table):
     """`fractions`: shares of the training families for embedder, reranker and calibration (METHOD.md section 7).
 
     `assignments`: a parquet file of ASSIGNMENTS (idem.schema) to take labels from; "" takes the items' product_id. `start_from`: the
-    folder of a checkpoint of an earlier run, perhaps on fewer items; prototypes are known again by their product, and `warm_up` is
-    over if it was over there. A run keeps its last checkpoint for that under embedder/checkpoints/ where `keep_checkpoint` is set.
+    folder of a checkpoint of an earlier run, perhaps on fewer items; prototypes are known again by their product, the schedules begin
+    anew, but for a `warm_up` that was over there, and labels that were changed there are taken for the very same rows alone. A run
+    keeps its last checkpoint for that under embedder/checkpoints/ where `keep_checkpoint` is set.
     """
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 2

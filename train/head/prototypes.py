@@ -136,6 +136,11 @@ class PrototypeHead:
         self.pending, self.born = [], None
         self.neighbourhood.forget()
 
+    def rejuvenate(self) -> None:
+        """Count steps anew: what an earlier run touched, at whatever step, was touched before the first of this one."""
+        self.store.scalars[: self.store.used, SCALARS.index("last")] = 0
+        self.born = None
+
     def whole(self) -> Tensor:
         """(U, D) on every worker: normalised, of the sub-centres the dominant one. Collective; for a U that fits."""
         ranges = [shard_range(self.rows, r, self.world) for r in range(self.world)]
