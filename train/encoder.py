@@ -16,7 +16,7 @@ from train.neighbours import nearest
 class Encoder:
     """The picture of an item where there is one, else its text; `bf16` where the hardware computes in it.
 
-    With FSDP2 all workers must encode at the same time, as many blocks each: gathering the weights takes everyone.
+    What is encoded together is encoded alike: all workers do it at the same time, as many blocks each, with worker 0's buffers.
     """
 
     def __init__(self, model: Backbone, corpus: Corpus, *, device: torch.device, bf16: bool) -> None:
@@ -33,7 +33,11 @@ class Encoder:
             return net(inputs, count).float()
 
     def blocks(self, blocks: Iterable[Block], *, held: bool = False) -> Iterator[tuple[Block, Tensor]]:
-        """Each block with its vectors (n, D); those of `held` are pictures outside the corpus."""
+        """Each block of this worker's share with its vectors (n, D); those of `held` are pictures outside the corpus. Collective."""
+        parallel.share_buffers(self.model)
+        yield from self._encoded(blocks, held=held)
+
+    def _encoded(self, blocks: Iterable[Block], *, held: bool = False) -> Iterator[tuple[Block, Tensor]]:
         training = self.model.training
         self.model.eval()
         try:
@@ -54,10 +58,10 @@ class Encoder:
         return self.corpus.members(self.rank, self.world, self.model.side)
 
     def rows(self, rows: np.ndarray) -> Tensor:
-        """(n, D) of any rows, in their order, by this worker alone."""
+        """(n, D) of any rows, in their order, by this worker alone; with FSDP2 all must ask, since gathering the weights takes everyone."""
         load = lambda part: self.corpus.load(part, self.model.side)  # noqa: E731
         read_blocks = read(load, rows, np.ones(len(rows), bool), self.corpus.has_image)
-        return torch.cat([torch.zeros(0, self.model.dim, device=self.device), *(h for _, h in self.blocks(read_blocks))])
+        return torch.cat([torch.zeros(0, self.model.dim, device=self.device), *(h for _, h in self._encoded(read_blocks))])
 
     def held_recall(self) -> float | None:
         """R@1 on the held-back slice, the same on every worker; None where it has not two products or nothing to ask with."""

@@ -19,6 +19,7 @@ from train.embedder import Embedder
 from train.feed import Feed
 from train.labelling import Labelling
 from train.loop import Trainer
+from train.parallel import everyones
 
 
 def run(said, made, **changes) -> tuple[Trainer, list[dict]]:
@@ -192,6 +193,43 @@ def test_ddp_fsdp2_and_one_worker_agree_on_the_loss(tmp_path):
     differences = {key: max(abs(a - b) for a, b in zip(alone, curve, strict=True)) for key, curve in curves.items()}
     print("largest difference from one worker's loss:", differences)  # noqa: T201
     assert max(differences.values()) < 1e-4
+
+
+def _encoded_alike(rank: int, world: int, folder: str, kind: str) -> None:
+    """Largest differences between workers of the buffers after a step, and of the vectors after each thing that all do together."""
+    join(rank, world, f"{folder}/meet")
+    trainer = Trainer(config(parallel=kind, purge=0.2, text_share=0.0), corpus(held=6), ignore)
+    together = {
+        "centroids": trainer.centroids,
+        "centroids of some": lambda: trainer.centroids(2),
+        "purge": trainer.purge,
+        "held_recall": trainer.encoder.held_recall,
+        "save": lambda: checkpoint.keep(trainer, Path(folder) / "checkpoints"),
+    }
+
+    def apart(x: torch.Tensor) -> float:
+        one, other = (torch.tensor(said) for said in everyones(x.tolist(), trainer.device))
+        return float((one - other).abs().max())
+
+    found = {}
+    for name, do in together.items():
+        trainer._one(0.2)
+        buffers = torch.cat([b.reshape(-1).double() for b in trainer.model.buffers()])
+        do()
+        found[name] = (apart(buffers), apart(trainer.encode_rows(np.arange(18))))
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    leave()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_all_workers_encode_alike(kind, tmp_path):
+    """Batch norm's running statistics are each worker's own until something is encoded together."""
+    mp.spawn(_encoded_alike, args=(2, str(tmp_path), kind), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 5
+    assert all(buffers > 1e-4 for buffers, _ in found.values()), found
+    assert all(vectors == 0 for _, vectors in found.values()), found
 
 
 def test_held_back_recall_sees_what_the_served_embedder_sees():
