@@ -1,6 +1,7 @@
 """The last checkpoint becomes the artifact: the embedder without its head, its prototypes and who belongs to them, curves, card."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from idem import schema
 from train import checkpoint
 from train.backbones import build
 from train.export import model_card
-from train.head.prototypes import whole_head
+from train.head import files
+from train.head.rows import SCALARS, pseudo_random_rows
 from train.selection import Selection
 from train.settings import LoopConfig
+
+BLOCK = 1 << 16  # prototypes that are read and written together
 
 
 def publish(folder: Path, out: Path, selection: Selection, config: LoopConfig) -> tuple[dict[str, Any], list[str]]:
     """Write the artifact's files into `out`; its figures, and the names of the files. ValueError for weights that are not finite.
 
-    Where the run had patience, weights and prototypes are those that looked best on the held-back slice.
+    Where the run had patience, weights, prototypes and labels are those that looked best on the held-back slice.
     """
     out.mkdir(parents=True, exist_ok=True)
     best = folder / checkpoint.BEST
@@ -41,12 +45,12 @@ def publish(folder: Path, out: Path, selection: Selection, config: LoopConfig) -
     model.load_checkpoint(weights)
     names += model.save(out)
     state = json.loads((folder / checkpoint.STATE).read_text())
-    rows = F.normalize(whole_head(source)["weight"].float(), dim=1).numpy()
-    labels, kept = _labels(folder, selection)
-    names += [_prototypes(out, selection, rows, labels), _assignments(out, selection, labels, kept)]
+    labels, counts = _labels(source, selection)
+    members = np.bincount(labels[counts > 0], minlength=len(selection.names))
+    names += [_prototypes(out, source, selection.names, members, model.dim), _assignments(out, selection, labels, counts)]
     (out / "curves.json").write_text(json.dumps(state["curves"]))
     figures = {
-        "products": len(rows),
+        "products": len(selection.names),
         "pictures": int(selection.has_image.sum()),
         "steps": state["step"],
         "images_seen": state["images"],
@@ -66,21 +70,49 @@ def _held(state: dict[str, Any], *, best: bool) -> float | None:
 
 
 def _labels(folder: Path, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and weights of the rows as the run left them: as selected, unless curation changed them."""
+    """Labels and weights of the rows as the checkpoint has them: as selected, unless curation changed them."""
     kept = load_file(folder / checkpoint.ROWS)
     if "labels" not in kept:
         return selection.labels, selection.weights
     return kept["labels"].numpy(), kept["weights"].numpy()
 
 
-def _prototypes(out: Path, selection: Selection, rows: np.ndarray, labels: np.ndarray) -> str:
-    table = {
-        "prototype_id": np.arange(len(rows)),
-        "product_id": selection.names,
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1]),
-        "members": np.bincount(labels, minlength=len(rows)),
-    }
-    pq.write_table(pa.table(table, schema=schema.prototypes(rows.shape[1])), out / "prototypes.parquet")
+def prototypes(folder: Path, block: int = BLOCK) -> Iterator[np.ndarray]:
+    """All prototypes of a checkpoint in their order, `block` at a time: (n, D) float32, normalised; of sub-centres the one that won most.
+
+    Twin of `train.head.prototypes.whole_head`, for heads that memory does not hold several times. ValueError for rows that nobody wrote
+    and the files do not tell the value of.
+    """
+    read = files.parts(folder)
+    said, k = read[0].said, read[0].said["subcentres"]
+    for start in range(0, said["rows"], block):
+        ids = torch.arange(start * k, min(start + block, said["rows"]) * k)
+        rows, wins = torch.zeros(len(ids), said["dim"]), torch.zeros(len(ids), dtype=torch.int32)
+        missing = torch.ones(len(ids), dtype=torch.bool)
+        for part in read:
+            there, place = part.at("ids", ids)
+            rows[there] = part.tensors["weight"][place].float()
+            missing &= ~there
+            there, place = part.at("touched", ids)
+            wins[there] = part.tensors["scalars"][place, SCALARS.index("wins")]
+        if missing.any() and said["rule"] != "pseudo-random":
+            raise ValueError(f"the checkpoint at {folder} leaves row {ids[missing][0]} to a start rule that it does not know")
+        rows[missing] = pseudo_random_rows(ids[missing], said["dim"], said["seed"]).to(read[0].tensors["weight"].dtype).float()
+        first = torch.arange(0, len(ids), k)
+        yield F.normalize(rows[first + wins.view(-1, k).argmax(1)], dim=1).numpy()
+
+
+def _prototypes(out: Path, source: Path, names: np.ndarray, members: np.ndarray, dim: int) -> str:
+    """PROTOTYPES, block by block; `names` and `members` (U,)."""
+    columns, start = schema.prototypes(dim), 0
+    with pq.ParquetWriter(out / "prototypes.parquet", columns) as writer:
+        for rows in prototypes(source):
+            ids = np.arange(start, start + len(rows))
+            vector = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dim)
+            table = {"prototype_id": ids, "product_id": names[ids], "vector": vector, "members": members[ids]}
+            writer.write_table(pa.table(table, schema=columns))
+            start += len(rows)
+    assert start == len(names)
     return "prototypes.parquet"
 
 
