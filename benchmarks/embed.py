@@ -52,6 +52,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "slower": {"lr": 5e-4},
     "plain": {"lr": 2e-3},
 }
+UNSEARCHED = "slow"  # of both sides, the defaults of train.settings: for photos, which the search knows nothing of
 MEASURES = {"purge": 0.12}
 TEXTS = {"text_share": 0.3}
 SPARSE = {"kind": "sparse", "neighbours": 4, "random": 64}  # of 2,496 IDs, at most 384 enter a step of 64
@@ -103,7 +104,8 @@ def finals(parts: Sequence[str], seeds: Sequence[int], best: Mapping[str, str], 
             made.append(Trial(name=f"divided/measured {seed}", divided=0.2, loop={**s, **MEASURES}))
             made.append(Trial(name=f"divided/stages {seed}", divided=0.2, loop=s))
         if "grocery" in parts:
-            made += [Trial(name=f"grocery/{side} {seed}", set="grocery", loop=loop) for side, loop in (("contrast", c), ("stages", s))]
+            sides = {"contrast": contrast(UNSEARCHED), "stages": stages(UNSEARCHED)}
+            made += [Trial(name=f"grocery/{side} {seed}", set="grocery", loop=loop) for side, loop in sides.items()]
         if "sparse" in parts:
             made.append(Trial(name=f"sparse/stages {seed}", loop={**s, "head": SPARSE}))
         if "text" in parts:
