@@ -38,8 +38,8 @@ def mapping(old: Sequence[str], new: Sequence[str]) -> np.ndarray:
 
 
 class Labelling:
-    """`labels` (n,) in 0..U-1 and `weights` (n,) of 0 (left out) or more, `given` those at the start; `members` are the
-    rows of each ID that count.
+    """`labels` (n,) in 0..U-1 and `weights` (n,) of 0 (left out) or more, `given_labels` and `given` those at the start;
+    `members` are the rows of each ID that count.
 
     In the warm-up a row counts or does not: how much is for the centroids and the margin stage alone, since InfoNCE
     (`train.losses.info_nce`) takes no weights.
@@ -49,6 +49,7 @@ class Labelling:
     def __init__(self, labels: np.ndarray, ids: int, weights: np.ndarray | None = None) -> None:
         self.ids = ids
         self.given = np.ones(len(labels), np.float32) if weights is None else weights.astype(np.float32)
+        self.given_labels = labels.astype(np.int64)
         self.set(labels, self.given)
         self.changed = False
 

@@ -136,10 +136,12 @@ class Trainer:
     # What is done on a schedule
 
     def purge(self) -> None:
-        """Set aside the members that their own ID would not be found for, and take back those that it would."""
+        """Set aside or move the members that their own ID would not be found for, and take back those that it would."""
         if self.config.purge:
-            self.labelling.set(self.labelling.labels, purged(self.encoder, self.labelling, self.config.purge))
-            log.info("step %d: %.1f %% of the rows count", self.course.step, 100 * float((self.labelling.weights > 0).mean()))
+            labelling = self.labelling
+            labelling.set(*purged(self.encoder, labelling, self.config.purge, self.config.relabel))
+            counts, moved = (labelling.weights > 0).mean(), (labelling.labels != labelling.given_labels).mean()
+            log.info("step %d: %.1f %% of the rows count, %.1f %% under another ID", self.course.step, 100 * counts, 100 * moved)
             self.feed.restart()
 
     def mine(self) -> None:

@@ -20,30 +20,50 @@ def sums(h: Tensor, labels: Tensor, live: Tensor, rows: int) -> tuple[Tensor, Te
     return total, h.new_zeros(rows).index_add_(0, labels[live], h.new_ones(int(live.sum())))
 
 
-def credible(h: Tensor, labels: Tensor, live: Tensor, total_UD: Tensor, count_U: Tensor, *, nearest: int, block: int = 0) -> Tensor:
-    """(n,) bool: whether a member's own centroid, made without it, is among the `nearest` centroids to it.
+def judged(
+    h: Tensor,
+    given: Tensor,
+    labels: Tensor,
+    live: Tensor,
+    total_UD: Tensor,
+    count_U: Tensor,
+    *,
+    nearest: int,
+    gap: float = 0.0,
+    block: int = 0,
+) -> Tensor:
+    """(n,) the ID that each member is taken for: the given one where its centroid, made without the member, is among the `nearest`
+    to it; else another, where the nearest centroid's cosine exceeds the next one's by `gap`; else -1, as always where `gap` is 0.
 
-    h (n, D) L2-normalised; labels (n,); live (n,) tells who made up `total_UD` and `count_U` (of all workers' members: `sums`).
-    A member that nobody else of its ID stands beside is never credible by this measure, nor is one of an ID without members.
+    h (n, D) L2-normalised; labels (n,) of the moment, where live (n,), made up `total_UD` and `count_U` (of all workers' members:
+    `sums`). No member is judged by itself: one that nobody else of its ID stands beside is not taken for it.
     """
-    centroids = F.normalize(total_UD, dim=1)
-    empty = count_U == 0
+    centroids, ids = F.normalize(total_UD, dim=1), torch.arange(len(h), device=h.device)
     block = block or max(1, 2**25 // len(total_UD))  # 128 MiB of cosines at a time
-    kept = []
-    for start in range(0, len(h), block):
-        x, y, own = (t[start : start + block] for t in (h, labels, live))
-        others = total_UD[y] - x * own[:, None]
-        alone = count_U[y] - own.to(count_U.dtype) < 0.5
-        to_own = (F.normalize(others, dim=1) * x).sum(1)
-        cosine = (x @ centroids.T).masked_fill(empty, float("-inf")).scatter(1, y[:, None], float("-inf"))
-        kept.append(((cosine > to_own[:, None]).sum(1) < nearest) & ~alone)
-    return torch.cat(kept) if kept else live.clone()
+    taken = []
+    for at in ids.split(block):
+        x, y, now, counts = h[at], given[at], labels[at], live[at]
+        cosine = (x @ centroids.T).masked_fill(count_U == 0, float("-inf"))
+        without, left = total_UD[now] - x * counts[:, None], count_U[now] - counts.to(count_U.dtype)
+        itself = (F.normalize(without, dim=1) * x).sum(1).masked_fill(left < 0.5, float("-inf"))
+        cosine.scatter_(1, now[:, None], itself[:, None])
+        to_own = cosine.gather(1, y[:, None])
+        cosine.scatter_(1, y[:, None], float("-inf"))
+        known = ((cosine > to_own).sum(1) < nearest) & to_own[:, 0].isfinite()
+        best, where = cosine.topk(min(2, cosine.shape[1]), dim=1)
+        moves = (best[:, 0] - best[:, -1] >= gap) & best[:, 0].isfinite() & (gap > 0)
+        taken.append(torch.where(known, y, torch.where(moves, where[:, 0], -1)))
+    return torch.cat(taken) if taken else given.clone()
 
 
-def spared(keep: Tensor, live: Tensor, labels: Tensor, ids: int) -> Tensor:
-    """(n,) bool: `keep`, and of an ID that would lose all its members those that are live. Takes the members of all workers."""
-    left = torch.zeros(ids, device=keep.device).index_add_(0, labels, keep.float())
-    return keep | (live & (left[labels] == 0))
+def spared(taken: Tensor, labels: Tensor, live: Tensor, ids: int) -> Tensor:
+    """`taken`, but every ID that would lose all its members keeps those that are live, as they are. Takes the members of all workers."""
+    while True:
+        left = torch.bincount(taken[taken >= 0], minlength=ids)
+        lost = live & (left[labels] == 0)
+        if not lost.any():
+            return taken
+        taken = torch.where(lost, labels, taken)  # which may take the last from another
 
 
 def bound(share: float, rows: int, most: int = 300) -> int:
@@ -51,19 +71,24 @@ def bound(share: float, rows: int, most: int = 300) -> int:
     return max(1, min(most, round(share * rows)))
 
 
-def purged(encoder: Encoder, labelling: Labelling, share: float) -> np.ndarray:
-    """(n,) weights: those given to the members that are credible now, 0 for the others. The same on every worker.
+def purged(encoder: Encoder, labelling: Labelling, share: float, gap: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) labels and weights: those given to the members that are credible now, 0 for the others, unless another ID is surely
+    theirs (`judged`). The same on every worker.
 
     share: of all prototypes, those that count as near (`bound`). Each worker encodes its part and holds its vectors, 4 n D / world
     bytes, and compares them with all centroids, so this suits prototypes that fit into memory.
     """
     parts = [(b.rows[b.counted], h[torch.from_numpy(b.counted)]) for b, h in encoder.blocks(encoder.members())]
     rows, h = np.concatenate([r for r, _ in parts]), torch.cat([v for _, v in parts])
-    labels, live = (torch.from_numpy(x).to(encoder.device) for x in (labelling.labels, labelling.weights > 0))
+    given, labels, live = (
+        torch.from_numpy(x).to(encoder.device) for x in (labelling.given_labels, labelling.labels, labelling.weights > 0)
+    )
     mine = torch.from_numpy(rows).to(encoder.device)
     total, count = (parallel.add_up(x) for x in sums(h, labels[mine], live[mine], labelling.ids))
-    keep = torch.zeros(len(labels), device=encoder.device)
-    keep[mine] = credible(h, labels[mine], live[mine], total, count, nearest=bound(share, labelling.ids)).float()
-    counted = torch.from_numpy(labelling.given > 0).to(encoder.device)
-    left = spared((parallel.add_up(keep) > 0) & counted, live, labels, labelling.ids)
-    return np.where(left.cpu().numpy(), labelling.given, 0).astype(np.float32)
+    taken = torch.zeros_like(labels)
+    found = judged(h, given[mine], labels[mine], live[mine], total, count, nearest=bound(share, labelling.ids), gap=gap)
+    taken[mine] = found + 1  # so that the workers' parts add up
+    taken = parallel.add_up(taken) - 1
+    taken = torch.where(torch.from_numpy(labelling.given > 0).to(encoder.device), taken, -1)
+    taken = spared(taken, labels, live, labelling.ids).cpu().numpy()
+    return np.where(taken >= 0, taken, labelling.given_labels), np.where(taken >= 0, labelling.given, 0).astype(np.float32)

@@ -40,6 +40,7 @@ class LoopConfig(BaseModel):
     similar: Annotated[float, Field(ge=0, le=1)] = 0.25
     refresh: Annotated[int, Field(ge=1)] = 200  # steps between looks for similar prototypes
     purge: Annotated[float, Field(ge=0, le=1)] = 0.0
+    relabel: Annotated[float, Field(ge=0, le=2)] = 0.0
     purge_every: Annotated[int, Field(ge=1)] = 2  # of these looks, in the margin stage
     text_share: Annotated[float, Field(ge=0, le=1)] = 0.15  # of a batch, that bring their text
     lr: Annotated[float, Field(gt=0)] = 1e-3

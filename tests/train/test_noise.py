@@ -12,7 +12,7 @@ from train.loop import Trainer
 
 
 def purge(h, labels, live, total, count, *, nearest):
-    return noise.spared(noise.credible(h, labels, live, total, count, nearest=nearest), live, labels, len(count))
+    return noise.spared(noise.judged(h, labels, labels, live, total, count, nearest=nearest), labels, live, len(count)) >= 0
 
 
 def clusters(ids: int = 40, each: int = 6, wrong: float = 0.2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,8 +47,8 @@ def test_the_blocks_agree_with_the_loop(nearest):
     live = torch.rand(len(h), generator=torch.Generator().manual_seed(1)) < 0.8
     total, count = noise.sums(h, labels, live, 9)  # the last ID has no member
     assert torch.equal(purge(h, labels, live, total, count, nearest=nearest), slowly(h, labels, live, 9, nearest))
-    parts = noise.credible(h, labels, live, total, count, nearest=nearest, block=5)
-    assert torch.equal(parts, noise.credible(h, labels, live, total, count, nearest=nearest))
+    parts = noise.judged(h, labels, labels, live, total, count, nearest=nearest, gap=0.1, block=5)
+    assert torch.equal(parts, noise.judged(h, labels, labels, live, total, count, nearest=nearest, gap=0.1))
 
 
 def test_wrong_labels_go_and_right_ones_stay():
@@ -74,8 +74,50 @@ def test_an_id_of_one_member_keeps_it():
     h = F.normalize(torch.eye(3), dim=1)
     labels, live = torch.arange(3), torch.ones(3, dtype=torch.bool)
     total, count = noise.sums(h, labels, live, 3)
-    assert not noise.credible(h, labels, live, total, count, nearest=1).any()
+    assert (noise.judged(h, labels, labels, live, total, count, nearest=1) < 0).all()
     assert purge(h, labels, live, total, count, nearest=1).all()
+
+
+def taken_slowly(h, given, labels, live, ids, nearest, gap) -> list[int]:
+    def cosine(i: int, u: int) -> float:
+        members = [h[j] for j in range(len(h)) if labels[j] == u and live[j] and j != i]
+        return float(F.normalize(torch.stack(members).sum(0), dim=0) @ h[i]) if members else float("-inf")
+
+    out = []
+    for i in range(len(h)):
+        own, others = cosine(i, int(given[i])), sorted(((cosine(i, u), u) for u in range(ids) if u != given[i]), reverse=True)
+        known = own > float("-inf") and sum(c > own for c, _ in others) < nearest
+        out.append(int(given[i]) if known else others[0][1] if others[0][0] - others[1][0] >= gap else -1)
+    return out
+
+
+def test_moving_members_agrees_with_the_loop_also_for_those_that_moved_before():
+    h, given, _ = clusters(ids=8, each=5, wrong=0.4)
+    random = torch.Generator().manual_seed(3)
+    labels = torch.where(torch.rand(len(h), generator=random) < 0.3, torch.randint(0, 8, given.shape, generator=random), given)
+    live = torch.rand(len(h), generator=random) < 0.8
+    total, count = noise.sums(h, labels, live, 8)
+    found = noise.judged(h, given, labels, live, total, count, nearest=1, gap=0.3)
+    assert found.tolist() == taken_slowly(h, given, labels, live, 8, 1, 0.3)
+    assert len(set((found - given).tolist())) > 2  # kept, set aside and moved
+
+
+def test_members_of_other_ids_come_to_their_own():
+    h, labels, right = clusters()
+    total, count = noise.sums(h, labels, torch.ones_like(right), 40)
+    taken = noise.judged(h, labels, labels, torch.ones_like(right), total, count, nearest=3, gap=0.3)
+    true = torch.arange(40).repeat_interleave(6)
+    moved = (taken >= 0) & (taken != labels)
+    assert moved.sum() > 0.6 * (~right).sum()
+    assert (taken == true)[moved].float().mean() > 0.95
+
+
+def test_an_id_whose_last_member_would_move_keeps_it_and_so_does_the_next():
+    labels, live = torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.bool)
+    assert noise.spared(torch.tensor([1, 2, -1]), labels, live, 3).tolist() == [0, 1, 2]
+    assert (
+        noise.spared(torch.tensor([-1, 0, 2, 1]), torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]), 3).tolist()[2] == 2
+    )
 
 
 def test_the_bound_is_a_share_and_at_most_some_hundreds():
@@ -85,7 +127,7 @@ def test_the_bound_is_a_share_and_at_most_some_hundreds():
 def _purged(rank: int, world: int, meet: str, out: str) -> None:
     join(rank, world, meet)
     trainer = Trainer(config(steps=6, purge=0.2), corpus(), ignore)
-    np.save(f"{out}/{rank}-of-{world}.npy", noise.purged(trainer.encoder, trainer.labelling, 0.2))
+    np.save(f"{out}/{rank}-of-{world}.npy", noise.purged(trainer.encoder, trainer.labelling, 0.2, 0.05)[1])
     leave()
 
 
