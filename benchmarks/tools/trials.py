@@ -155,16 +155,15 @@ def left(folder: Path, name: str, ending: str) -> Path:
     return folder / f"{name.replace('/', '.').replace(' ', '_')}.{ending}"
 
 
-def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> tuple[Decoded, np.ndarray]:
-    """What the trial learns from, and which of its labels are right."""
+def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> Decoded:
+    """What the trial learns from."""
     names, labels = spoilt(data.fields["product"][rows], noise=trial.noise, divided=trial.divided, seed=trial.seed)
-    right = np.char.partition(names[labels].astype(str), "#")[:, 0] == data.fields["product"][rows]
     weights = np.ones(len(rows), np.float32)
     if trial.labels_of:
         with np.load(left(earlier, trial.labels_of, "npz")) as z:
             labels, weights = z["labels"], z["weights"]
     product = data.fields["product"][rows]
-    made = Decoded(
+    return Decoded(
         fetch=lambda _: [],
         titles=[data.titles[p] if trial.texts else "" for p in product],
         texts=[data.texts.get(p, []) if trial.texts else [] for p in product],
@@ -175,20 +174,26 @@ def corpus_of(data: Labelled, rows: np.ndarray, trial: Trial, earlier: Path) -> 
         pictures=data,
         at=rows,
     )
-    return made, right
+
+
+def are_right(corpus: Decoded, labels: np.ndarray) -> np.ndarray:
+    """(n,) bool: the label is the product's, or a part of it."""
+    assert corpus.pictures is not None
+    return np.char.partition(np.array(corpus.names).astype(str)[labels], "#")[:, 0] == corpus.pictures.fields["product"][corpus.at]
 
 
 def run(trial: Trial, data: Labelled, earlier: Path, device: str) -> dict[str, Any]:
     """Train and ask; the figures of one trial."""
     rows, asked = asked_rows(data, trial)
-    corpus, right = corpus_of(data, rows, trial, earlier)
+    corpus = corpus_of(data, rows, trial, earlier)
     config = LoopConfig(**{"minutes": 600, "seed": trial.seed, "checkpoint_seconds": 1e9, **trial.loop})
     start = time.perf_counter()
     trainer = Trainer(config, corpus, lambda figures, due: None, device=device)
     trained = trainer.run()
     seconds = time.perf_counter() - start
-    kept = trainer.labelling.weights > 0
-    np.savez(left(earlier, trial.name, "npz"), labels=trainer.labelling.labels, weights=trainer.labelling.weights)
+    labelling = trainer.labelling
+    kept, given, right = labelling.weights > 0, are_right(corpus, labelling.given_labels), are_right(corpus, labelling.labels)
+    np.savez(left(earlier, trial.name, "npz"), labels=labelling.labels, weights=labelling.weights)
     h = vectors(trainer.encoder, data.served[asked])
     dim = h.shape[1]
     told = {
@@ -199,7 +204,8 @@ def run(trial: Trial, data: Labelled, earlier: Path, device: str) -> dict[str, A
         "hits_half": found(data, asked, shortened(h, dim // 2), trial.set),
         "kept": round(float(kept.mean()), 4),
         "kept_right": round(float(right[kept].mean()), 4),
-        "right_lost": round(float((right & ~kept).sum() / max(right.sum(), 1)), 4),
+        "right_lost": round(float((given & ~(kept & right)).sum() / max(given.sum(), 1)), 4),
+        "moved": round(float((labelling.labels != labelling.given_labels).mean()), 4),
     }
     if trial.texts and data.queries:
         gallery = text_gallery(data, asked)
