@@ -53,7 +53,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "plain": {"lr": 2e-3},
 }
 UNSEARCHED = "slow"  # of both sides, the defaults of train.settings: for photos, which the search knows nothing of
-MEASURES = {"purge": 0.12}
+MEASURES = {"purge": 0.12, "relabel": 0.15, "purge_every": 1}
 TEXTS = {"text_share": 0.3}
 SPARSE = {"kind": "sparse", "neighbours": 4, "random": 64}  # of 2,496 IDs, at most 384 enter a step of 64
 

@@ -24,6 +24,7 @@ from train.course import Course, Trained
 from train.descent import Descent, groups
 from train.encoder import Encoder
 from train.feed import Feed
+from train.head.capacity import Capacity, capacity_of
 from train.head.prototypes import PrototypeHead, gather
 from train.labelling import Labelling, fingerprint
 from train.noise import purged
@@ -31,6 +32,7 @@ from train.settings import LoopConfig
 from train.views import Viewer, Views
 
 NEIGHBOURS = 11  # prototypes near each that may come into a batch with it
+MOST_SIMILAR = 1_000_000  # prototypes that are all looked up at each refresh; beyond, a list of all is neither quick nor small
 SAMPLED = 4  # members of an ID that make its centroid in the course of the warm-up
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ class Trainer:
         self.viewer = Viewer(corpus, side=room, text_share=config.text_share, parts=config.accumulate)
         self.model.hear(corpus.said())
         self.model.train_only(images=self.viewer.images_used, texts=self.viewer.texts_used)
-        self._scratch = tempfile.TemporaryDirectory(prefix="idem-train-")
+        self.capacity = self._capacity()
+        self._scratch = tempfile.TemporaryDirectory(prefix="idem-train-", dir=config.head.folder or None)
         self.folder = Path(self._scratch.name)  # rows of the head where they live in a file; the best so far
         self.head = self._new_head()
         self.encoder = Encoder(self.model, corpus, device=self.device, bf16=config.bf16)
@@ -63,12 +66,25 @@ class Trainer:
         self.feed = Feed(self._views, depth=config.prefetch, threads=config.decode_threads, end=config.steps)
         self.course = Course.first(config.warm_up)
         self.similar: np.ndarray | None = None
-        if self.rank == 0:
-            log.info("%s", self.capacity())
 
-    def capacity(self) -> str:
-        """How many prototypes fit where, and what those of this run take: to be read before the first step."""
-        return str(self.head.capacity(batch=self.config.margin_batch, prefixes=len(self.config.prefixes)))
+    def _capacity(self) -> Capacity:
+        """How many prototypes fit where, and what those of this run take: said before any is made. ValueError where they cannot fit."""
+        head, said = self.config.head, self.config
+        if head.folder and not Path(head.folder).is_dir():
+            raise ValueError(f"head.folder = {head.folder!r} is no folder on this machine; make it, or leave it empty for the system's own")
+        found = capacity_of(
+            self.labelling.ids,
+            self.model.dim,
+            head,
+            device=self.device,
+            world=self.world,
+            batch=said.margin_batch,
+            prefixes=len(said.prefixes),
+        )
+        if self.rank == 0:
+            log.info("%s", found)
+        found.refuse()
+        return found
 
     def _new_head(self) -> PrototypeHead:
         return PrototypeHead(
@@ -162,6 +178,9 @@ class Trainer:
         self.mine()
 
     def _similar_share(self) -> float:
+        """Of a batch, that comes with its nearest IDs; none beyond MOST_SIMILAR, where the head alone looks for neighbours."""
+        if self.labelling.ids > MOST_SIMILAR:
+            return 0.0
         return self.config.similar if self.course.stage == "margin" else self.config.warm_up_similar
 
     def _look(self, figures: dict[str, Any]) -> None:

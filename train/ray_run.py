@@ -67,8 +67,10 @@ def anywhere(config: "TrainConfig") -> "TrainConfig":
         return str(Path(path).absolute()) if path else path
 
     texts = tuple(source.model_copy(update={"file": absolute(source.file)}) for source in config.texts)
+    head = config.loop.head.model_copy(update={"folder": absolute(config.loop.head.folder)})
+    loop = config.loop.model_copy(update={"head": head})
     return config.model_copy(
-        update={"assignments": absolute(config.assignments), "start_from": absolute(config.start_from), "texts": texts}
+        update={"assignments": absolute(config.assignments), "start_from": absolute(config.start_from), "texts": texts, "loop": loop}
     )
 
 
@@ -93,7 +95,7 @@ def _worker(told: dict[str, Any]) -> None:
     corpus.streams = {name: functools.partial(_shard, corpus, name) for name in _streamed(config, selection)}
     trainer = Trainer(config.loop, corpus, report, device=device)
     if trainer.rank == 0:
-        told["board"].say.remote(trainer.capacity())
+        told["board"].say.remote(str(trainer.capacity))
     checkpoint.begin(trainer, Path(told["folder"]), config.start_from)
     trained = trainer.run()
     _report(trainer, {"step": trained.step, "seconds": trained.seconds, **(trained.curves[-1] if trained.curves else {})})

@@ -22,7 +22,6 @@ from train.losses import angular_margin
 DIM, BATCH, SCALE, MARGIN = 64, 256, 32.0, 0.25
 OURS, LINEAR, SAMPLED = "ours", "nn.Linear", "sampled 10 %"
 INDEX, GENERATOR = "index", "generator"
-REFRESH, AT = 200, 100_000  # steps between rebuilds for so many rows; in proportion for more, so that rows are touched as often between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,6 @@ class Spec:
     @property
     def name(self) -> str:
         return f"{self.kind} {self.rows:.0e}".replace("e+0", "e") + (f" {self.source}" if self.source else "")
-
-    @property
-    def refresh(self) -> int:
-        return max(REFRESH, REFRESH * self.rows // AT)
 
 
 class Generated:
@@ -75,7 +70,6 @@ class Ours:
                 "kind": "sparse",
                 "neighbours": spec.neighbours,
                 "random": spec.random,
-                "refresh": spec.refresh,
                 "storage": spec.storage,
                 "dtype": "bfloat16",
             }
@@ -110,7 +104,7 @@ class Ours:
         files = Path(self.spec.folder).glob("*.rows") if self.spec.storage == "file" else ()
         return {
             "build_s": self.build_s,
-            "refresh": self.spec.refresh,
+            "refresh": self.head.config.rebuilt_every(self.spec.rows),
             "disk_gb": sum(file.stat().st_blocks * 512 for file in files) / 1e9,
             "columns": BATCH * (1 + self.spec.neighbours) + self.spec.random,
         }

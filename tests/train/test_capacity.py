@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.head.capacity import Room, capacity, needs, room_here
+from train.head.capacity import Room, capacity, capacity_of, needs, room_here, workers_here
 from train.head.prototypes import HeadConfig, PrototypeHead
 
 GIB = 1 << 30
@@ -56,7 +56,7 @@ def test_a_head_takes_what_is_said_of_it(tmp_path):
         h = torch.nn.functional.normalize(torch.randn(4, 64), dim=1)
         head.loss(h, torch.tensor([0, 1, 2, 3]), prefixes=(64,), scale=8.0, margin=0.1, step=step).backward()
         head.update(0.1)
-    takes = head.capacity(batch=4).takes
+    takes = capacity_of(20_000, 64, head.config, device=head.device, world=1, batch=4, prefixes=1).takes
     disk = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
     assert disk == pytest.approx(takes["rows"] + takes["moments"], rel=0.01)
     head.store.reserve(20_000)
@@ -67,3 +67,25 @@ def test_what_this_machine_has_is_shared_by_its_workers(tmp_path):
     alone, four = (room_here(torch.device("cpu"), tmp_path / "not yet made", share=n) for n in (1, 4))
     assert 0 < four.host <= alone.host // 3
     assert 0 < four.file <= alone.file // 3
+
+
+def test_what_cannot_be_held_is_refused_and_what_would_hold_it_is_said():
+    of().refuse()
+    of(rows=2 * 10**9).refuse()  # its rows fit, its state will once each is touched: that is only said
+    with pytest.raises(
+        ValueError, match=r"4,000,000,000 prototypes over 8 .* 59.6 GiB .* 'device' has 40.0.*'file'.* 12 workers"
+    ) as refused:
+        of(rows=4 * 10**9, room=Room(device=40 * GIB, host=64 * GIB, file=4000 * GIB)).refuse()
+    assert "'host'" not in str(refused.value)
+
+
+def test_the_launcher_says_how_many_share_a_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert workers_here(6) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert workers_here(6) == 2
+
+
+def test_rebuilds_are_as_rare_as_prototypes_are_many_unless_somebody_says_otherwise():
+    assert [HeadConfig().rebuilt_every(rows) for rows in (10, 10**5, 10**7)] == [200, 200, 20_000]
+    assert HeadConfig(refresh=5).rebuilt_every(10**7) == 5

@@ -1,5 +1,6 @@
 """The loop alone, without Ray: it learns, stage after stage, and comes to the same on one worker, on several, and in pieces."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from train.backbones.base import computes_bf16
 from train.course import Looks
 from train.embedder import Embedder
 from train.feed import Feed
+from train.head.capacity import Room
 from train.labelling import Labelling
 from train.loop import Trainer
 from train.parallel import everyones
@@ -289,3 +291,29 @@ def test_the_loop_needs_no_ray_no_tables_no_index():
     loaded = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
     assert not {"ray", "lance", "pyarrow", "faiss", "pandas"} & set(loaded)
+
+
+def test_a_head_that_cannot_be_held_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr("train.head.capacity.room_here", lambda *_, **__: Room(device=100, host=100, file=10**9))
+    monkeypatch.setattr("train.loop.PrototypeHead", None)
+    with pytest.raises(ValueError, match=r"6 prototypes over 1 worker.*what would hold them: 4 workers"):
+        Trainer(config(), corpus(), ignore)
+
+
+def test_the_folder_for_rows_must_be_there_and_is_left_as_it_was(tmp_path):
+    with pytest.raises(ValueError, match=r"head.folder = .*nowhere' is no folder"):
+        Trainer(config(head={"folder": str(tmp_path / "nowhere")}), corpus(), ignore)
+    trainer = Trainer(config(head={"storage": "file", "folder": str(tmp_path)}), corpus(), ignore)
+    assert trainer.folder.parent == tmp_path
+    assert list(trainer.folder.glob("*.rows"))
+    trainer.run()
+    del trainer
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_more_prototypes_than_can_all_be_looked_up_none_are(monkeypatch):
+    monkeypatch.setattr("train.loop.MOST_SIMILAR", 3)
+    trainer = Trainer(config(similar=0.5, steps=8), corpus(), ignore)
+    trainer.run()
+    assert trainer.similar is None

@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from train.head import candidates
+from train.head.config import HeadConfig
 
 ITEM = {"float32": 4, "bfloat16": 2}
 SLOT, SCALARS = 4, 16  # bytes: where a row's state is; its second moment, counts and last step
@@ -47,6 +51,18 @@ class Capacity:
     @property
     def fits(self) -> bool:
         return self.rows <= self.prototypes[self.storage]
+
+    def refuse(self) -> None:
+        """ValueError where the rows alone, as they are before the first step, exceed their tier."""
+        have, need = getattr(self.room, self.storage), self.takes["rows"]
+        if need <= have:
+            return
+        others = [f"head.storage = {tier!r}" for tier, n in self.prototypes.items() if n >= self.rows]
+        others.append(f"{-(-need * self.world // max(have, 1)):,} workers like these")
+        raise ValueError(
+            f"{self.rows:,} prototypes over {self.world} worker(s) need {need / 2**30:,.1f} GiB a worker for their rows alone, tier "
+            f"{self.storage!r} has {have / 2**30:,.1f}; what would hold them: {', '.join(others)}, or a smaller dimension or head.dtype"
+        )
 
     def __str__(self) -> str:
         head = f"the head: {self.rows:,} prototypes over {self.world} worker(s), rows in tier {self.storage!r}"
@@ -124,3 +140,26 @@ def room_here(device: torch.device, folder: Path | None, *, share: int = 1) -> R
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     disk = folder or Path()
     return Room(device=free, host=host, file=shutil.disk_usage(disk if disk.exists() else Path()).free // share)
+
+
+def workers_here(world: int) -> int:
+    """How many of the workers share this machine: as the launcher says (torchrun and Ray Train do), else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def capacity_of(rows: int, dim: int, config: HeadConfig, *, device: torch.device, world: int, batch: int, prefixes: int) -> Capacity:
+    """What a head of `config` would take on this machine and its like, before it is made. batch: embeddings a step, over all workers."""
+    return capacity(
+        rows,
+        dim,
+        dtype=config.dtype,
+        storage=config.storage,
+        kind=config.kind,
+        subcentres=config.subcentres,
+        room=room_here(device, Path(config.folder or tempfile.gettempdir()), share=workers_here(world)),
+        world=world,
+        columns=batch * (1 + config.neighbours) + config.random,
+        batch=batch,
+        prefixes=prefixes,
+        exact_index=isinstance(candidates.suitable(-(-rows // world), device), candidates.ExactIndex),
+    )

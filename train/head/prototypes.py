@@ -17,7 +17,6 @@ from torch import Tensor
 
 from train.head import candidates, files
 from train.head.batch import Batch, everyones
-from train.head.capacity import Capacity, capacity, room_here
 from train.head.config import HeadConfig
 from train.head.loss import Columns, Objective, cross_entropies
 from train.head.masks import Duplicates
@@ -26,7 +25,7 @@ from train.head.rows import SCALARS, UNWRITTEN, Fetched, Rows, Start, merged, ps
 from train.head.sharding import gather, gathered_rows, shard_range
 from train.losses import reference_loss, weighted_mean
 
-__all__ = ["HeadConfig", "PrototypeHead", "capacity", "gather", "reference_loss", "shard_range", "whole_head"]
+__all__ = ["HeadConfig", "PrototypeHead", "gather", "reference_loss", "shard_range", "whole_head"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 APART = 0.5  # how far further sub-centres start from the centroid: a cosine of 0.89, near enough to win members, not to be the same
 
@@ -78,7 +77,7 @@ class PrototypeHead:
             self.start,
             self.stop,
             self._dominant,
-            refresh=config.refresh,
+            refresh=config.rebuilt_every(rows),
             device=self.device,
             group=group,
             world=world,
@@ -225,7 +224,7 @@ class PrototypeHead:
             seed = int(np.random.SeedSequence((self.seed, used[0].step, self.rank)).generate_state(1)[0])
             self.store.descend(merged(used), lr=lr, generator=torch.Generator(self.device).manual_seed(seed))
 
-    # --- Files, and what it all takes
+    # --- Files
 
     def save(self, folder: Path) -> list[str]:
         """Write this worker's rows and optimizer state; the names of the files. Rows that the start rule gives are left out."""
@@ -252,27 +251,6 @@ class PrototypeHead:
         """What a checkpoint says of the head besides its rows."""
         said = {k: getattr(self, k) for k in ("rows", "dim", "seed", "rule", "born")}
         return {**said, "subcentres": self.config.subcentres, "dtype": self.config.dtype}
-
-    def capacity(self, *, batch: int = 256, prefixes: int = 1, workers_here: int = 1) -> Capacity:
-        """What this head takes, and how many prototypes would fit where; `str` of it is to be read.
-
-        batch: embeddings a step over all workers; workers_here: how many of them share this machine's memory and disk.
-        """
-        c = self.config
-        return capacity(
-            self.rows,
-            self.dim,
-            dtype=c.dtype,
-            storage=c.storage,
-            kind=c.kind,
-            subcentres=c.subcentres,
-            room=room_here(self.device, self.store.folder, share=workers_here),
-            world=self.world,
-            columns=batch * (1 + c.neighbours) + c.random,
-            batch=batch,
-            prefixes=prefixes,
-            exact_index=isinstance(candidates.suitable(self.stop - self.start, self.device), candidates.ExactIndex),
-        )
 
 
 def whole_head(folder: Path) -> dict[str, Tensor]:
