@@ -16,7 +16,9 @@ class LoopConfig(BaseModel):
     `warm_up` is the share of the run spent on InfoNCE: 0 goes to the centroids at once, 1 is InfoNCE all the way (the baseline).
     `similar` and `warm_up_similar` are the shares of a batch whose IDs come with their nearest neighbours, in the margin stage and
     in the warm-up (mined hard negatives; 0 is off). `accumulate` cuts a worker's batch into as many micro-batches for memory; the
-    loss still sees the whole batch, in both stages (train.descent).
+    loss still sees the whole batch, in both stages (train.descent). Against wrong labels: `purge` is the share of all IDs among which
+    a member's own must be near it, else it is set aside; `relabel` the cosine by which another ID must be nearer than the next to
+    take it over; 0 is off (train.noise; docs/decisions/0007).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
