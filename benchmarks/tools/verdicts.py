@@ -14,10 +14,11 @@ from benchmarks.tools.trials import Trial, asked_rows, tasks, text_gallery, text
 FIGURES = ("ours", "peer", "points")
 
 
-def gathered(done: Mapping[str, Mapping[str, Any]], what: str, field: str = "hits") -> dict[str, paired.Hits]:
-    """Hits of one side by seed."""
+def gathered(done: Mapping[str, Mapping[str, Any]], what: str, field: str = "hits", task: str = "") -> dict[str, paired.Hits]:
+    """Hits of one side by seed, of all tasks or of one."""
     sides = {name: name.rsplit(" ", 1) for name in done}
-    return {sides[name][1]: d[field] for name, d in done.items() if sides[name][0] == what}
+    kept = {sides[name][1]: d[field] for name, d in done.items() if sides[name][0] == what}
+    return {seed: {name: said for name, said in hits.items() if task in ("", name)} for seed, hits in kept.items()}
 
 
 def families_of(data: Labelled, which: str) -> dict[str, np.ndarray]:
@@ -32,8 +33,11 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
     """
     lines: list[dict[str, Any]] = []
 
-    def line(name: str, ours: str, theirs: str, *, least: float | None = None, low: float | None = None, field: str = "hits") -> None:
-        sides = gathered(done, ours, field), gathered(done, theirs)
+    def line(
+        name: str, ours: str, theirs: str, *, least: float | None = None, low: float | None = None, field: str = "hits", task: str = ""
+    ) -> None:
+        """Of all tasks, or of one."""
+        sides = gathered(done, ours, field, task), gathered(done, theirs, task=task)
         seeds = sorted(set(sides[0]) & set(sides[1]))
         bar = ", ".join(f"{what} {value:g}" for what, value in ((">=", least), ("low >", low)) if value is not None)
         if not seeds:
@@ -41,7 +45,8 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
             return
         a, b = ([side[seed] for seed in seeds] for side in sides)
         which = "grocery" if ours.startswith("grocery") else "emoji"
-        gain, lower, upper = (100 * x for x in paired.difference(a, b, families_of(data[which], which)))
+        families = {name: each for name, each in families_of(data[which], which).items() if task in ("", name)}
+        gain, lower, upper = (100 * x for x in paired.difference(a, b, families))
         holds = [gain >= least] if least is not None else []
         holds += [lower > low] if low is not None else []
         value, peer = (100 * float(np.mean([paired.mean(h) for h in hits])) for hits in (a, b))
@@ -69,7 +74,8 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
         line("IDs split in two, measures off", "divided/stages", "claim/stages")
         line("IDs split in two, measures on", "divided/measured", "claim/stages", least=-3)
     if "grocery" in parts:
-        line("grocery: three stages against InfoNCE", "grocery/stages", "grocery/contrast", least=-3)
+        line("grocery, photo to photos: three stages against InfoNCE", "grocery/stages", "grocery/contrast", least=-3, task="photo")
+        line("grocery, photo to catalogue picture", "grocery/stages", "grocery/contrast", task="catalog")
     return lines
 
 

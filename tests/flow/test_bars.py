@@ -30,6 +30,17 @@ def test_the_demo_is_neither_trivial_nor_impossible_and_keeps_its_time(tmp_path)
     assert reranked >= trained - 0.01
     assert said["peak_mb"] < 8 * 1024
     assert time.monotonic() - start < 8 * 60
+    both_are_better_than_either(tmp_path)
+
+
+def both_are_better_than_either(root: Path) -> None:
+    """A photo with the title that another seller gave it, of products never seen, among all catalogue pictures."""
+    records = str(next((root / "catalog").glob("*/records.parquet")))
+    asked = ("--release", str(root / "releases"), "--gallery", records, "--gallery-filter", "role = 'catalog'", "--queries", records)
+    queries = ("--query-filter", "role <> 'catalog' AND id_split = 'dev_unseen'")
+    r1 = {fields: job("serve.evaluate", *asked, *queries, "--query-fields", fields)["R@1"] for fields in ("image", "text", "both")}
+    print(r1)  # noqa: T201
+    assert r1["both"] >= max(r1["image"], r1["text"]) + 0.03
 
 
 @pytest.mark.data
