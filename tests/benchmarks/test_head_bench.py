@@ -68,10 +68,6 @@ def test_what_takes_part_at_each_size():
     assert [spec.touched for spec in on_gpu if spec.rows == 10**9] == [False]
 
 
-def test_rebuilds_are_as_far_apart_as_there_are_rows():
-    assert [Spec(kind=OURS, rows=rows).refresh for rows in (10**4, 10**5, 10**7)] == [200, 200, 20_000]
-
-
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
