@@ -1,7 +1,6 @@
 """The last checkpoint becomes the artifact: the embedder without its head, its prototypes and who belongs to them, curves, card."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from idem import schema
@@ -17,11 +15,8 @@ from train import checkpoint
 from train.backbones import build
 from train.export import model_card
 from train.head import files
-from train.head.rows import SCALARS, pseudo_random_rows
 from train.selection import Selection
 from train.settings import LoopConfig
-
-BLOCK = 1 << 16  # prototypes that are read and written together
 
 
 def publish(folder: Path, out: Path, selection: Selection, config: LoopConfig) -> tuple[dict[str, Any], list[str]]:
@@ -77,36 +72,11 @@ def _labels(folder: Path, selection: Selection) -> tuple[np.ndarray, np.ndarray]
     return kept["labels"].numpy(), kept["weights"].numpy()
 
 
-def prototypes(folder: Path, block: int = BLOCK) -> Iterator[np.ndarray]:
-    """All prototypes of a checkpoint in their order, `block` at a time: (n, D) float32, normalised; of sub-centres the one that won most.
-
-    Twin of `train.head.prototypes.whole_head`, for heads that memory does not hold several times. ValueError for rows that nobody wrote
-    and the files do not tell the value of.
-    """
-    read = files.parts(folder)
-    said, k = read[0].said, read[0].said["subcentres"]
-    for start in range(0, said["rows"], block):
-        ids = torch.arange(start * k, min(start + block, said["rows"]) * k)
-        rows, wins = torch.zeros(len(ids), said["dim"]), torch.zeros(len(ids), dtype=torch.int32)
-        missing = torch.ones(len(ids), dtype=torch.bool)
-        for part in read:
-            there, place = part.at("ids", ids)
-            rows[there] = part.tensors["weight"][place].float()
-            missing &= ~there
-            there, place = part.at("touched", ids)
-            wins[there] = part.tensors["scalars"][place, SCALARS.index("wins")]
-        if missing.any() and said["rule"] != "pseudo-random":
-            raise ValueError(f"the checkpoint at {folder} leaves row {ids[missing][0]} to a start rule that it does not know")
-        rows[missing] = pseudo_random_rows(ids[missing], said["dim"], said["seed"]).to(read[0].tensors["weight"].dtype).float()
-        first = torch.arange(0, len(ids), k)
-        yield F.normalize(rows[first + wins.view(-1, k).argmax(1)], dim=1).numpy()
-
-
 def _prototypes(out: Path, source: Path, names: np.ndarray, members: np.ndarray, dim: int) -> str:
     """PROTOTYPES, block by block; `names` and `members` (U,)."""
     columns, start = schema.prototypes(dim), 0
     with pq.ParquetWriter(out / "prototypes.parquet", columns) as writer:
-        for rows in prototypes(source):
+        for rows in files.normalised(source):
             ids = np.arange(start, start + len(rows))
             vector = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dim)
             table = {"prototype_id": ids, "product_id": names[ids], "vector": vector, "members": members[ids]}

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idem import storage
+from pipelines.reading.fetch import Fetcher
 from pipelines.reading.readers import read_unit
 from pipelines.reading.sources import SourcePlan, plan_source
 from pipelines.records import BATCH_ROWS, Columns, records_schema
@@ -102,3 +104,42 @@ def read_plan(plan: SourcePlan) -> pa.Table:
 def read_source(uri: str | Path, columns: Columns | None = None, **options: Any) -> list[dict[str, Any]]:
     """All records of a source as dicts."""
     return read_plan(plan_source(str(uri), columns or Columns(), **options)).to_pylist()
+
+
+N = 330
+
+
+def make_rows(n: int = N) -> list[dict[str, Any]]:
+    dice = random.Random(7)
+    return [
+        {
+            "image_id": f"i{k}",
+            "product_id": f"p{k // 3}",
+            "image": dice.randbytes(dice.randrange(1, 900)),
+            "title": dice.choice(["A cup", "Tasse à café", 'the 5" "best", one', "two\nlines", " trimmed\t", "杯子 🍵", ""]),
+            "coarse": dice.choice(["cups", ""]),
+            "lang": "en",
+            "version": k,
+            "deleted": k % 7 == 0,
+            "price": k * 0.5,
+        }
+        for k in range(n)
+    ]
+
+
+def expected(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+    names = ("image_id", "product_id", "image", "title", "coarse", "lang")
+    return [
+        (k, *(r[n].strip() if isinstance(r[n], str) else r[n] for n in names), str(r["version"]), r["deleted"], {"price": r["price"]}, "")
+        for k, r in enumerate(rows)
+    ]
+
+
+def seen(records: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+    names = ("source_row", "item_id", "product_id", "image", "title", "coarse", "lang", "version", "deleted", "attributes", "fault")
+    return [tuple(r[n] for n in names) for r in records]
+
+
+def read_and_fetch(uri: str, **options: Any) -> list[dict[str, Any]]:
+    plan = plan_source(uri, Columns(), keep=["price"], **options)
+    return Fetcher(base=plan.reading.images).fill(read_plan(plan)).to_pylist()

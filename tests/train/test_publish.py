@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from idem import schema
 from tests.train.small import config, corpus, ignore
 from train import checkpoint, publish
+from train.head import files
 from train.head.prototypes import HeadConfig, whole_head
 from train.loop import Trainer
 from train.selection import Selection
@@ -88,6 +89,6 @@ def test_prototypes_by_blocks_are_those_of_the_whole_head(changes, block, tmp_pa
         trainer._one(0.5)
     folder = checkpoint.keep(trainer, tmp_path)
     expected = normalize(whole_head(folder)["weight"].float(), dim=1)
-    found = list(publish.prototypes(folder, block))
+    found = list(files.normalised(folder, block))
     assert max(len(rows) for rows in found) <= block
     assert torch.equal(torch.from_numpy(np.concatenate(found)), expected)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from train.head.rows import SCALARS, STATELESS, UNWRITTEN, Rows, pseudo_random_r
 
 HEAD = re.compile(r"head-(\d+)-of-(\d+)\.safetensors")
 BLOCK = 1 << 18  # rows read or written together
+PUBLISHED = 1 << 16  # prototypes read together to be published
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 
 Streams = Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]]
@@ -143,3 +145,28 @@ def take(store: Rows, read: Sequence[Part], old: np.ndarray | None, *, seed: int
             rows = torch.where(of >= 0, of * k + rows % k, -1)
         take_block(store, read, new[rows >= 0], rows[rows >= 0], same_rule=said["seed"] == seed and said["rule"] == rule)
     assert bool((store.slot >= STATELESS).all())
+
+
+def normalised(folder: Path, block: int = PUBLISHED) -> Iterator[np.ndarray]:
+    """All prototypes of a checkpoint in their order, `block` at a time: (n, D) float32, normalised; of sub-centres the one that won most.
+
+    Twin of `train.head.prototypes.whole_head`, for heads that memory does not hold several times. ValueError for rows that nobody wrote
+    and the files do not tell the value of.
+    """
+    read = parts(folder)
+    said, k = read[0].said, read[0].said["subcentres"]
+    for start in range(0, said["rows"], block):
+        ids = torch.arange(start * k, min(start + block, said["rows"]) * k)
+        rows, wins = torch.zeros(len(ids), said["dim"]), torch.zeros(len(ids), dtype=torch.int32)
+        missing = torch.ones(len(ids), dtype=torch.bool)
+        for part in read:
+            there, place = part.at("ids", ids)
+            rows[there] = part.tensors["weight"][place].float()
+            missing &= ~there
+            there, place = part.at("touched", ids)
+            wins[there] = part.tensors["scalars"][place, SCALARS.index("wins")]
+        if missing.any() and said["rule"] != "pseudo-random":
+            raise ValueError(f"the checkpoint at {folder} leaves row {ids[missing][0]} to a start rule that it does not know")
+        rows[missing] = pseudo_random_rows(ids[missing], said["dim"], said["seed"]).to(read[0].tensors["weight"].dtype).float()
+        first = torch.arange(0, len(ids), k)
+        yield F.normalize(rows[first + wins.view(-1, k).argmax(1)], dim=1).numpy()
