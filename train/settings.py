@@ -61,6 +61,8 @@ class LoopConfig(BaseModel):
     def model_post_init(self, _: Any) -> None:
         if bad := [d for d in self.prefixes if not 1 <= d <= self.model.dim]:
             raise ValueError(f"prefixes {bad} are not in 1..{self.model.dim}, the model's dim")
+        if self.relabel and not self.purge:
+            raise ValueError(f"relabel = {self.relabel} moves members that a purge would set aside, and purge is 0; set both, or neither")
 
     def drawn(self, stage: str) -> tuple[int, int]:
         """Rows of a global step in this stage, and how many of one ID."""
