@@ -136,7 +136,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             best = {"contrast": chosen(done, "contrast", list(CONTRAST)), "stages": chosen(done, "stages", list(STAGES))}
         final = finals(parts, range(arguments.seeds), best, images)
         done |= run_all(final, folders, kept, **how)
-        lines = compared(done, data, parts) + (about_text(done, data["emoji"]) if "text" in parts else [])
+        lines = compared(done, data, parts, asked=arguments.seeds) + (about_text(done, data["emoji"]) if "text" in parts else [])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stderr.write(f"{trial_table(done)}\n\nchosen: {best}\n\n{table(lines)}\n")

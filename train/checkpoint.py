@@ -215,7 +215,7 @@ def _take_prototypes(trainer: Trainer, folder: Path) -> None:
 
 def _take_neighbours(trainer: Trainer, kept: dict[str, Tensor], *, same: bool) -> None:
     """Of the very prototypes and backbone that they were looked up for; else, they are looked up anew."""
-    if same and (kept or not trainer.config.similar):
+    if same and (kept or not trainer.similar_share()):
         trainer.similar = kept["similar"].numpy() if kept else None
     elif trainer.course.stage == "margin":
         trainer.mine()

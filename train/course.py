@@ -9,7 +9,7 @@ from train.backbones.base import Backbone
 from train.head.prototypes import PrototypeHead
 
 STAGES = ("warm-up", "centroids", "margin")
-KEPT = ("stage", "step", "refreshed", "images", "skipped", "finished", "curves")
+KEPT = ("stage", "warm_up", "step", "refreshed", "images", "skipped", "finished", "curves")
 EVERY = 10  # steps between two rows of the curves
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,11 @@ class Looks:
 
 @dataclass
 class Course:
-    """`step` is the next one; `refreshed` the one of the last refresh; `images` counts rows drawn, `skipped` steps left out.
-    A run that is `finished` has prototypes that mean something, whatever its stage."""
+    """`warm_up` is the share of the run before its margin stage; `step` is the next one, `refreshed` the one of the last refresh;
+    `images` counts rows drawn, `skipped` steps left out. A `finished` run has prototypes that mean something, whatever its stage."""
 
     stage: str
+    warm_up: float
     step: int = 0
     refreshed: int = 0
     images: int = 0
@@ -112,13 +113,13 @@ class Course:
     @classmethod
     def first(cls, warm_up: float) -> "Course":
         """A run from its beginning; `warm_up` is its share of InfoNCE."""
-        return cls(STAGES[0] if warm_up else STAGES[1])
+        return cls(STAGES[0] if warm_up else STAGES[1], warm_up)
 
     @classmethod
     def after(cls, earlier: "Course", warm_up: float) -> "Course":
         """A run that takes up what an earlier one learnt: from its beginning, but for a warm-up that is over, and not the whole run."""
         over = earlier.finished or earlier.stage == STAGES[2]
-        return cls(STAGES[2]) if over and warm_up < 1 else cls.first(warm_up)
+        return cls(STAGES[2], 0.0) if over and warm_up < 1 else cls.first(warm_up)
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> "Course":

@@ -70,21 +70,20 @@ class Trainer:
     def _capacity(self) -> Capacity:
         """How many prototypes fit where, and what those of this run take: said before any is made. ValueError where they cannot fit."""
         head, said = self.config.head, self.config
-        if head.folder and not Path(head.folder).is_dir():
-            raise ValueError(f"head.folder = {head.folder!r} is no folder on this machine; make it, or leave it empty for the system's own")
-        found = capacity_of(
-            self.labelling.ids,
-            self.model.dim,
-            head,
-            device=self.device,
-            world=self.world,
-            batch=said.margin_batch,
-            prefixes=len(said.prefixes),
-        )
-        if self.rank == 0:
-            log.info("%s", found)
-        found.refuse()
-        return found
+
+        def found() -> Capacity:
+            if head.folder and not Path(head.folder).is_dir():
+                raise ValueError(
+                    f"head.folder = {head.folder!r} is no folder on this machine; make it, or leave it empty for the system's own"
+                )
+            ids, dim, prefixes = self.labelling.ids, self.model.dim, len(said.prefixes)
+            made = capacity_of(ids, dim, head, device=self.device, world=self.world, batch=said.margin_batch, prefixes=prefixes)
+            if self.rank == 0:
+                log.info("%s", made)
+            made.refuse()
+            return made
+
+        return parallel.by_all(found, self.device)
 
     def _new_head(self) -> PrototypeHead:
         return PrototypeHead(
@@ -126,7 +125,7 @@ class Trainer:
 
     def _advance(self, progress: float) -> None:
         """From stage to stage. That of the centroids has a checkpoint at each end: a kill inside does it again, and it alone."""
-        if self.course.stage == "warm-up" and progress >= self.config.warm_up:
+        if self.course.stage == "warm-up" and progress >= self.course.warm_up:
             self.course.stage = "centroids"
             self._tell(self.course.told(), True)
         if self.course.stage == "centroids":
@@ -163,7 +162,7 @@ class Trainer:
     def mine(self) -> None:
         """Look anew which prototypes are similar."""
         self.course.refreshed = self.course.step
-        if self._similar_share() > 0:
+        if self.similar_share() > 0:
             if self.course.stage == "warm-up":
                 self.head.start_from(self.centroids(SAMPLED))
             self.similar = self.head.near(np.arange(self.labelling.ids), NEIGHBOURS)
@@ -177,7 +176,7 @@ class Trainer:
             self.purge()
         self.mine()
 
-    def _similar_share(self) -> float:
+    def similar_share(self) -> float:
         """Of a batch, that comes with its nearest IDs; none beyond MOST_SIMILAR, where the head alone looks for neighbours."""
         if self.labelling.ids > MOST_SIMILAR:
             return 0.0
@@ -198,7 +197,7 @@ class Trainer:
     def _rows(self, step: int) -> np.ndarray:
         """This worker's rows of a step."""
         size, per_id = self.config.drawn(self.course.stage)
-        similar = self._similar_share()
+        similar = self.similar_share()
         rows = plan.batch(
             self.labelling.members, seed=self.config.seed, step=step, size=size, per_id=per_id, neighbours=self.similar, similar=similar
         )
@@ -221,7 +220,7 @@ class Trainer:
         """The figures of one step, which moves the backbone and, in the last stage, the prototypes."""
         step = self.course.step
         self._on_schedule(step)
-        rate, margin = self.config.rate(progress), self.config.margin_at(progress)
+        rate, margin = self.config.rate(progress), self.config.margin_at(progress, self.course.warm_up)
         views = self.feed.take(step)
         loss = self.descent.backward(views, lambda h: self._loss(h, views.rows, margin))
         if not np.isfinite(loss):

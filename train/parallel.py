@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from train.backbones.base import Backbone
+
+T = TypeVar("T")
 
 
 def rank_world() -> tuple[int, int]:
@@ -67,6 +69,19 @@ def by_worker_0(make: Callable[[], Any], device: torch.device) -> Any:
     if error:
         raise ValueError(error)
     return said
+
+
+def by_all(make: Callable[[], T], device: torch.device) -> T:
+    """What `make` gives on this worker. What goes wrong on one is a ValueError on all of them alike, as `by_worker_0` has it."""
+    made, error = None, ""
+    try:
+        made = make()
+    except (ValueError, OSError) as found:
+        error = str(found)
+    if said := [each for each in everyones(error, device) if each]:
+        raise ValueError(said[0])
+    assert made is not None
+    return made
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -84,6 +84,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     selection = config.selection(layout.items, items.version)
     storage.require_free(config.root, 200 << 20)
     settings = {name: value for name, value in config.settings().items() if name not in PLACES}
+    settings["loop"]["head"].pop("folder")  # a place as well
     name = manifest.fingerprint("training", settings, inputs)
     checkpoints = storage.local_path(storage.join(layout.embedder, "checkpoints")).absolute()
     try:

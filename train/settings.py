@@ -81,9 +81,9 @@ class LoopConfig(BaseModel):
         """The share of the peak learning rate: a linear rise over the first 3 % of the run, then half a cosine to zero."""
         return min(1.0, progress / 0.03 + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def margin_at(self, progress: float) -> float:
-        """Radians; the margin rises over the first 70 % of its own stage."""
-        if self.warm_up == 1:
+    def margin_at(self, progress: float, warm_up: float) -> float:
+        """Radians; the margin rises over the first 70 % of its own stage, which begins at `warm_up`."""
+        if warm_up == 1:
             return 0.0
-        stage = (progress - self.warm_up) / (1 - self.warm_up)
+        stage = (progress - warm_up) / (1 - warm_up)
         return self.margin * min(1.0, max(0.0, stage / 0.7))

@@ -1,5 +1,6 @@
 """Many trials, a few at a time, each kept on disk as soon as it is done."""
 
+import hashlib
 import json
 import multiprocessing
 import queue
@@ -16,6 +17,7 @@ from benchmarks.tools.labelled import load
 from benchmarks.tools.trials import Trial, left, run
 
 Figures = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
 LOOK_S = 5.0  # between looks whether the processes live
 
 
@@ -30,11 +32,32 @@ def _serve(jobs: Any, answers: Any, folders: Mapping[str, str], kept: str, devic
             answers.put((trial.name, {"error": traceback.format_exc()}))
 
 
-def _found(trial: Trial, kept: Path) -> Figures | None:
+def _code() -> str:
+    """Which code trains and asks."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "benchmarks/tools").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _said(trial: Trial, by_name: Mapping[str, Trial], device: str) -> dict[str, Any]:
+    """All that decides what a trial comes to, its labels' source among it; as JSON gives it back."""
+    of = _said(by_name[trial.labels_of], by_name, device) if trial.labels_of else {}
+    return json.loads(json.dumps({**asdict(trial), "labels": of, "code": _code(), "device": device}))
+
+
+def _found(said: Mapping[str, Any], kept: Path) -> Figures | None:
     """What this very trial left in an earlier call."""
-    path = left(kept, trial.name, "json")
-    said = json.loads(path.read_text()) if path.exists() else {}
-    return said["figures"] if said.get("trial") == json.loads(json.dumps(asdict(trial))) else None
+    path = left(kept, said["name"], "json")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return before["figures"] if before.get("trial") == said else None
+
+
+def _keep(said: Mapping[str, Any], figures: Figures, kept: Path) -> None:
+    path = left(kept, said["name"], "json")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"trial": said, "figures": figures}))
+    partial.replace(path)
 
 
 def run_all(
@@ -55,7 +78,8 @@ def run_all(
     by_name = {trial.name: trial for trial in trials}
     if strays := sorted({t.labels_of for t in trials if t.labels_of} - set(by_name)):
         raise ValueError(f"labels are taken of trials that are not run: {', '.join(strays)}")
-    done = {trial.name: figures for trial in trials if (figures := _found(trial, kept)) is not None}
+    said = {trial.name: _said(trial, by_name, device) for trial in trials}
+    done = {name: figures for name, one in said.items() if (figures := _found(one, kept)) is not None}
     waiting = [trial for trial in trials if trial.name not in done]
     if not waiting:
         return done
@@ -79,7 +103,7 @@ def run_all(
             if "error" in figures:
                 raise ValueError(f"the trial {name} failed: {figures['error']}")
             done[name] = figures
-            left(kept, name, "json").write_text(json.dumps({"trial": asdict(by_name[name]), "figures": figures}))
+            _keep(said[name], figures, kept)
             tell(name, figures)
     finally:
         for worker in workers:  # daemons; what they are at has come too late

@@ -26,10 +26,12 @@ def families_of(data: Labelled, which: str) -> dict[str, np.ndarray]:
     return {name: data.fields["family"][rows][queries] for name, queries, _ in tasks(data, rows, which)}
 
 
-def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled], parts: Sequence[str]) -> list[dict[str, Any]]:
+def compared(
+    done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled], parts: Sequence[str], *, asked: int
+) -> list[dict[str, Any]]:
     """Each line of `parts`: points of R@1 of one side minus the other's, its 95 % interval, and whether its bar holds.
 
-    A line whose trials were not done in time does not hold.
+    A line of fewer seeds than were `asked` for, since its trials were not done in time, does not hold.
     """
     lines: list[dict[str, Any]] = []
 
@@ -49,6 +51,7 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
         gain, lower, upper = (100 * x for x in paired.difference(a, b, families))
         holds = [gain >= least] if least is not None else []
         holds += [lower > low] if low is not None else []
+        holds += [len(seeds) >= asked] if holds else []
         value, peer = (100 * float(np.mean([paired.mean(h) for h in hits])) for hits in (a, b))
         told = {"name": name, "ours": value, "peer": peer, "points": gain, "low": lower, "high": upper, "seeds": len(seeds)}
         lines.append({**told, "bar": bar, "holds": all(holds) if holds else None})
@@ -68,8 +71,8 @@ def compared(done: Mapping[str, Mapping[str, Any]], data: Mapping[str, Labelled]
         line(f"{said} on", f"noise/measured/{share}", "claim/stages")
         off, on = lines[-2:]
         if off["seeds"] and on["seeds"]:
-            least = off["points"] / 2
-            on |= {"bar": f">= {least:.2f}, half of that", "holds": on["points"] >= least}
+            least, whole = off["points"] / 2, min(off["seeds"], on["seeds"]) >= asked
+            on |= {"bar": f">= {least:.2f}, half of that", "holds": on["points"] >= least and whole}
     if "divided" in parts:
         line("IDs split in two, measures off", "divided/stages", "claim/stages")
         line("IDs split in two, measures on", "divided/measured", "claim/stages", least=-3)

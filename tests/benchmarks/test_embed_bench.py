@@ -1,8 +1,7 @@
 """The comparison's arithmetic: the paired bootstrap, the peer of text search, spoilt labels, the plan of trials."""
 
-import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from benchmarks import embed
 from benchmarks.tools import paired, pool, verdicts
 from benchmarks.tools.tfidf import scores
-from benchmarks.tools.trials import Trial, left, spoilt
+from benchmarks.tools.trials import Trial, spoilt
 
 FAMILIES = {"a": np.array(["f", "f", "g", "h"]), "b": np.array(["g", "h"])}
 
@@ -80,25 +79,31 @@ def test_bars_are_judged_by_difference_and_interval(monkeypatch):
         done[f"claim/contrast {seed}"] = {"hits": {"a": "10" * 100}, "hits_half": {"a": "10" * 100}}
         done[f"claim/stages {seed}"] = {"hits": {"a": "1110" * 50}, "hits_half": {"a": "1110" * 49 + "0000"}}
     monkeypatch.setattr(verdicts, "families_of", lambda data, which: {"a": families})
-    lines = {x["name"]: x for x in verdicts.compared(done, {"emoji": None}, ["claim"])}  # pyright: ignore[reportArgumentType]
+    lines = {x["name"]: x for x in verdicts.compared(done, {"emoji": None}, ["claim"], asked=3)}  # pyright: ignore[reportArgumentType]
     assert lines["three stages against InfoNCE"]["points"] == pytest.approx(25)
     assert lines["three stages against InfoNCE"]["holds"]
     assert lines["half the dimensions against all"]["holds"]
+    fewer = verdicts.compared(done, {"emoji": None}, ["claim"], asked=4)  # pyright: ignore[reportArgumentType]
+    assert {x["holds"] for x in fewer} == {False}
 
 
 def test_a_line_that_was_not_measured_does_not_hold():
-    lines = verdicts.compared({}, {}, ["claim", "noise"])
+    lines = verdicts.compared({}, {}, ["claim", "noise"], asked=1)
     assert {x["holds"] for x in lines if x["bar"]} == {False}
     assert "not done" in verdicts.table(lines)
 
 
-def test_a_trial_that_was_done_is_not_run_again_and_another_is(tmp_path):
+def test_a_trial_that_was_done_is_not_run_again_and_another_is(tmp_path, monkeypatch):
     trial = Trial(name="claim/stages 0", loop={"prefixes": (64, 128)})
-    kept = left(tmp_path, trial.name, "json")
-    kept.write_text(json.dumps({"trial": asdict(trial), "figures": {"seconds": 1}}))
+    taker = Trial(name="kept 0", labels_of=trial.name)
     how = {"processes": 1, "device": "cpu", "until": time.monotonic() + 60, "tell": lambda name, figures: None}
-    assert pool.run_all([trial], {}, tmp_path, **how) == {trial.name: {"seconds": 1}}
-    with pytest.raises(ValueError, match="1 of 1 processes of trials died"):  # the set of pictures is not there
-        pool.run_all([replace(trial, seed=1)], {"emoji": tmp_path / "nowhere"}, tmp_path, **how)
+    for one in (trial, taker):
+        pool._keep(pool._said(one, {trial.name: trial}, "cpu"), {"seconds": 1}, tmp_path)
+    assert pool.run_all([trial, taker], {}, tmp_path, **how) == {trial.name: {"seconds": 1}, taker.name: {"seconds": 1}}
+    for others in ([replace(trial, seed=1)], [replace(trial, noise=0.2), taker]):  # also one that takes another's labels
+        with pytest.raises(ValueError, match="1 of 1 processes of trials died"):  # the set of pictures is not there
+            pool.run_all(others, {"emoji": tmp_path / "nowhere"}, tmp_path, **how)
     with pytest.raises(ValueError, match="labels are taken of trials that are not run: noise/measured"):
         pool.run_all([replace(trial, labels_of="noise/measured/0.2 0")], {}, tmp_path, **how)
+    monkeypatch.setattr(pool, "_code", lambda: "another")
+    assert pool._found(pool._said(trial, {}, "cpu"), tmp_path) is None

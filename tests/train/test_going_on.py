@@ -124,8 +124,9 @@ def test_labels_of_the_same_rows_are_kept_to_the_bit(similar, tmp_path):
             assert again.labelling.weights.tobytes() == kept.tobytes()
 
 
-@pytest.mark.parametrize("similar", [0.0, 0.5])
-def test_a_resumed_run_sets_the_same_rows_aside_at_the_same_steps(similar, tmp_path):
+@pytest.mark.parametrize(("similar", "most"), [(0.0, 10), (0.5, 10), (0.5, 3)])  # the last with more prototypes than are all looked up
+def test_a_resumed_run_sets_the_same_rows_aside_at_the_same_steps(similar, most, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.MOST_SIMILAR", most)
     said = config(purge=0.2, similar=similar, purge_every=1, text_share=0.0, minutes=1e9)
     whole = Trainer(said, items(), ignore)
     whole.run()
@@ -178,6 +179,14 @@ def test_from_an_earlier_run_the_schedules_begin_anew(ended, tmp_path):
         assert {c["stage"] for c in course.curves if "lr" in c} <= ({"margin"} if stage == "margin" else {"warm-up", "margin"})
 
 
+def test_after_a_warm_up_that_is_over_the_margin_rises_from_the_first_step(tmp_path):
+    earlier, seen = cut_off(config(), 8, tmp_path / "earlier"), []
+    new = Trainer(config(steps=10, margin=0.2, warm_up=0.5), items(), lambda figures, due: seen.append(figures.get("margin")))
+    checkpoint.begin(new, tmp_path / "now", str(earlier))
+    new.run()
+    assert [m for m in seen if m is not None][:4] == pytest.approx([0, 0.2 / 7, 0.4 / 7, 0.6 / 7], abs=1e-4)
+
+
 def test_a_run_of_warm_up_alone_stays_one_whatever_it_starts_from(tmp_path):
     earlier = cut_off(config(), -1, tmp_path / "earlier")
     new = Trainer(config(steps=6, warm_up=1.0), items(), ignore)
@@ -224,6 +233,24 @@ def test_a_run_that_goes_on_computes_each_checksum_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_checksum", lambda path: seen.append(path.name) or checksum(path))
     checkpoint.begin(Trainer(config(), items(), ignore), tmp_path)
     assert sorted(seen) == sorted({path.name for path in stands.iterdir()} - {checkpoint.MANIFEST})
+
+
+def _no_folder(rank: int, world: int, meet: str, out: str) -> None:
+    join(rank, world, meet)
+    folder = Path(out) / "rows"
+    try:
+        Trainer(config(head={"storage": "file", "folder": str(folder if rank == 0 else Path(out) / "nowhere")}), items(), ignore)
+    except ValueError as error:
+        (Path(out) / str(rank)).write_text(str(error))
+    leave()
+
+
+def test_all_workers_refuse_alike_what_one_of_them_cannot_hold(tmp_path):
+    (tmp_path / "rows").mkdir()
+    mp.spawn(_no_folder, args=(2, str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "nowhere' is no folder" in said[0]
 
 
 def _refused(rank: int, world: int, meet: str, stands: str, out: str) -> None:

@@ -141,6 +141,11 @@ def test_every_id_has_a_member_in_the_end(seed):
     assert ((kept == taken) | (kept == given)).all()
 
 
+def test_moving_without_purging_is_refused():
+    with pytest.raises(ValueError, match=r"relabel = 0\.1 moves members that a purge would set aside, and purge is 0"):
+        config(relabel=0.1)
+
+
 def test_the_bound_is_a_share_and_at_most_some_hundreds():
     assert [noise.bound(0.12, rows) for rows in (2, 38, 2500, 10**9)] == [1, 5, 300, 300]
 
