@@ -2,8 +2,8 @@
 
 Shapes: B items, S pixels a side, L tokens, D embedding dimensions, T image tokens of C channels.
 The joint embedding of an item is the normalised sum of what its picture and its text say (docs/decisions/0002), so an item
-may have either or both. A text says what its character n-grams say (docs/decisions/0006), and on top of that the hidden state of
-a causal model at the one added token, as METHOD.md section 2 has it.
+may have either or both. A text says what its character n-grams say, in dimensions of their own (docs/decisions/0006), and in those
+of the pictures the hidden state of a causal model at the one added token, as METHOD.md section 2 has it.
 """
 
 import json
@@ -38,6 +38,19 @@ class CompactConfig(BaseModel):
     text_layers: int = 2
     text_length: int = 48
     ngrams: Annotated[int, Field(ge=1)] = 16384  # buckets that character n-grams are hashed into
+    letters: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of the dimensions that is the n-grams' own
+    text_weight: Annotated[float, Field(gt=0)] = 0.5  # of an item's text beside its picture, to begin with
+
+    @property
+    def spelt(self) -> int:
+        """How many dimensions are the n-grams'."""
+        return min(max(1, round(self.letters * self.dim)), self.dim - 1)
+
+    @property
+    def lettered(self) -> Tensor:
+        """(D,) bool: which dimensions are the n-grams', spread evenly, so that every prefix has its share."""
+        step = torch.arange(self.dim + 1) * self.spelt // self.dim
+        return step[1:] > step[:-1]
 
 
 def tokenize(texts: Sequence[str], length: int) -> Tensor:
@@ -154,12 +167,14 @@ class Compact(Backbone):
         self.dim, self.side = config.dim, config.side
         self.vision = VisionTower(config.widths)
         self.pool_norm = nn.BatchNorm1d(2 * config.widths[3])
-        self.image_out = nn.Linear(2 * config.widths[3], config.dim, bias=False)
+        self.image_out = nn.Linear(2 * config.widths[3], config.dim - config.spelt, bias=False)
         self.text = TextModel(config)
-        self.text_out = nn.Linear(config.text_dim, config.dim, bias=False)
+        self.text_out = nn.Linear(config.text_dim, config.dim - config.spelt, bias=False)
         nn.init.zeros_(self.text_out.weight)  # the letters speak first
-        self.lexicon = Lexicon(config.ngrams, config.dim)
-        self.text_weight = nn.Parameter(torch.tensor(0.0))  # log of the text's share in the sum
+        self.lexicon = Lexicon(config.ngrams, config.spelt)
+        self.places: Tensor
+        self.register_buffer("places", config.lettered.int().argsort(stable=True).argsort(), persistent=False)
+        self.text_weight = nn.Parameter(torch.tensor(config.text_weight).log())
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -176,10 +191,15 @@ class Compact(Backbone):
     def encode_images(self, x: Tensor) -> Tensor:
         _, top = self.vision(x)
         pooled = torch.cat([top.mean((2, 3)), top.amax((2, 3))], 1).float()  # what there is, and how strongly somewhere
-        return F.normalize(self.image_out(self.pool_norm(pooled)).float(), dim=1)
+        return self._placed(F.normalize(self.image_out(self.pool_norm(pooled)).float(), dim=1))
 
     def encode_texts(self, tokens_BL: Tensor, found: Tensor, starts: Tensor) -> Tensor:
-        return F.normalize(self.lexicon(found, starts) + self.text_out(self.text(tokens_BL)).float(), dim=1)
+        return F.normalize(self._placed(self.text_out(self.text(tokens_BL)).float(), self.lexicon(found, starts)), dim=1)
+
+    def _placed(self, meant: Tensor, spelt: Tensor | None = None) -> Tensor:
+        """(n, D): what pictures and texts share, and the letters, each in their dimensions."""
+        spelt = meant.new_zeros(len(meant), self.config.spelt) if spelt is None else spelt
+        return torch.cat([meant, spelt], 1)[:, self.places]
 
     def image_tokens(self, x: Tensor) -> Tensor:
         """(n, 3, S, S) -> (n, T, C): the last two maps side by side, the coarser one repeated."""
