@@ -73,8 +73,8 @@ def test_letters_and_pictures_share_no_dimension_and_every_prefix_has_both():
         both = model(model.collate(pixels, one, ["red mug"], one, 1), 1)[0]
     assert not shown[config.lettered].any()
     assert not said[~config.lettered].any()  # the causal model's part begins at zero
-    assert float(both @ shown) == pytest.approx(1 / 1.25**0.5, abs=1e-6)  # so a picture finds its own whatever the title
-    assert float(both @ said) == pytest.approx(0.5 / 1.25**0.5, abs=1e-6)
+    assert float(both @ shown) == pytest.approx(1 / 1.09**0.5, abs=1e-6)  # so a picture finds its own whatever the title
+    assert float(both @ said) == pytest.approx(0.3 / 1.09**0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("dim", "letters", "spelt"), [(8, 0.01, 1), (8, 0.99, 7), (10, 0.25, 2), (256, 0.5, 128)])

@@ -39,7 +39,7 @@ class CompactConfig(BaseModel):
     text_length: int = 48
     ngrams: Annotated[int, Field(ge=1)] = 16384  # buckets that character n-grams are hashed into
     letters: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of the dimensions that is the n-grams' own
-    text_weight: Annotated[float, Field(gt=0)] = 0.5  # of an item's text beside its picture, to begin with
+    text_weight: Annotated[float, Field(gt=0)] = 0.3  # of an item's text beside its picture, to begin with
 
     @property
     def spelt(self) -> int:
