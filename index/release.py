@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idem import job, manifest, storage
+from idem import manifest, storage
 from idem.config import Table
 from pipelines.items import open_items
 
@@ -154,4 +154,6 @@ def run(config: ReleaseConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(job.main("index.release", "release", ReleaseConfig, run))
+    from index import registry  # which opens releases itself
+
+    sys.exit(registry.main(sys.argv[1:]))

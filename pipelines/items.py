@@ -141,6 +141,11 @@ class Items:
         if not known:
             self.dataset.tags.create(name, self.version)
 
+    def let_go(self, name: str) -> None:
+        """Nothing needs the version that `keep` tagged with `name` any more; nothing happens where there is no such tag."""
+        if name in self.dataset.tags.list():
+            self.dataset.tags.delete(name)
+
     def _check(self, columns: Sequence[str]) -> None:
         names = self.dataset.schema.names
         if unknown := [name for name in columns if name not in names]:
