@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from idem import manifest, storage
 from idem.types import Hit
 from index import release
-from index.merge import best_first, merge
 from index.shard import META_COLUMNS, names
 from index.shard import make_index as make_index  # for later stages, which import of this package its reader alone
 from train.neighbours import nearest
@@ -84,20 +83,14 @@ class Shard:
     def item_ids(self) -> list[str]:
         return self.meta["item_id"].to_pylist()
 
-    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """The k best items (fewer where the shard is smaller) for each of `vectors` (n, dim), sorted by `best_first`."""
-        vectors = _checked(vectors, self.dim, k)
+    def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (n, m) and rows (n, m) of the k best and some spare ones, m at most the shard's size; row -1 where fewer were found."""
         faiss.omp_set_num_threads(self.threads)  # OpenMP keeps this per calling thread, so it is set at every call
-        scores, rows = self.index.search(vectors, min(k + SPARE, self.index.ntotal))
-        return [sorted(self._hits(s[r >= 0], r[r >= 0]), key=best_first)[:k] for s, r in zip(scores, rows, strict=True)]
+        return self.index.search(vectors, min(k + SPARE, self.index.ntotal))
 
-    def _hits(self, scores: np.ndarray, rows: np.ndarray) -> list[Hit]:
-        known = self.meta.take(pa.array(rows))
-        columns = (known[name].to_pylist() for name in META_COLUMNS)
-        return [
-            Hit(item_id=i, product_id=p, family_id=f, category=c, title=t, score=s)
-            for i, p, f, c, t, s in zip(*columns, scores.tolist(), strict=True)
-        ]
+    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+        """The k best items (fewer where the shard is smaller) for each of `vectors` (n, dim), sorted by `index.merge.best_first`."""
+        return Searcher([self]).search(vectors, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +114,50 @@ class Searcher:
     def item_ids(self) -> list[str]:
         return [item_id for shard in self.shards for item_id in shard.item_ids]
 
+    @property
+    def starts(self) -> np.ndarray:
+        """(shards + 1,): the position of each shard's first item in `item_ids`, and their number."""
+        return np.cumsum([0, *(shard.index.ntotal for shard in self.shards)])
+
+    def find(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (n, k) and positions in `item_ids` (n, k) of the k best for each of `vectors` (n, dim), best first, ties to the smaller
+        item_id; k is cut to the number of items. Where fewer are found, the score is -inf and the position -1.
+
+        Twin of `index.merge.merge`, for whole batches.
+        """
+        vectors, starts = _checked(vectors, self.dim, k), self.starts
+        found = [shard.nearest(vectors, k) for shard in self.shards]
+        rows = np.concatenate([np.where(r >= 0, r + start, -1) for (_, r), start in zip(found, starts[:-1], strict=True)], axis=1)
+        scores = np.where(rows >= 0, np.concatenate([s for s, _ in found], axis=1), -np.inf)
+        k = min(k, int(starts[-1]))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0))[:, :k].any(axis=1)
+        for query in np.flatnonzero(tied):
+            known = np.flatnonzero(scores[query] >= max(scores[query, k - 1], np.finfo(np.float32).min))
+            ids = self.meta(rows[query, known])["item_id"].to_pylist()
+            rows[query, known] = rows[query, known][sorted(range(len(known)), key=lambda i: (-scores[query, i], ids[i]))]
+        return scores[:, :k], rows[:, :k]
+
+    def meta(self, positions: np.ndarray) -> pa.Table:
+        """META_COLUMNS of items by their positions (m,) in `item_ids`, in that order."""
+        shard_of = np.searchsorted(self.starts, positions, side="right") - 1
+        by_shard = np.argsort(shard_of, kind="stable")
+        parts = [
+            shard.meta.take(pa.array(positions[by_shard][shard_of[by_shard] == number] - start))
+            for number, (shard, start) in enumerate(zip(self.shards, self.starts[:-1], strict=True))
+        ]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(by_shard)))
+
     def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """The k best items for each of `vectors` (n, dim), best first, ties to the smaller item_id."""
-        found = [shard.search(vectors, k) for shard in self.shards]
-        return [merge(per_shard, k) for per_shard in zip(*found, strict=True)]
+        """The k best items for each of `vectors` (n, dim), fewer where there are fewer, in the order of `find`."""
+        scores, positions = self.find(vectors, k)
+        there = positions >= 0
+        known = self.meta(positions[there])
+        columns = [known[name].to_pylist() for name in META_COLUMNS]
+        hits = [
+            Hit(item_id=i, product_id=p, family_id=f, category=c, title=t, score=s)
+            for i, p, f, c, t, s in zip(*columns, scores[there].tolist(), strict=True)
+        ]
+        ends = np.cumsum(there.sum(axis=1))
+        return [hits[end - count : end] for end, count in zip(ends.tolist(), there.sum(axis=1).tolist(), strict=True)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from index import shard
+from index.merge import merge
 from index.searcher import Searcher, Shard, exact
 
 PROJECT = Path(__file__).parents[2]
@@ -46,6 +47,22 @@ def test_duplicates_across_shards_come_in_the_order_of_their_ids(unit_vectors, m
     vectors = np.repeat(unit_vectors(1, 8), 12, axis=0)
     folder, item_ids = make_index(vectors, 3)
     assert ids(Searcher.open(folder).search(vectors[:1], 5)) == [item_ids[:5]]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
+@pytest.mark.parametrize("k", [1, 7, 60, 500])
+def test_a_batch_over_all_shards_agrees_with_the_merge_of_each_shard_alone(unit_vectors, make_index, factory, k):
+    vectors = unit_vectors(400, 8)
+    vectors[100:160] = vectors[100]  # more equals than FAISS gives spare ones
+    vectors[300:305] = vectors[7]
+    searcher = Searcher.open(make_index(vectors, 3, factory)[0])
+    queries = np.concatenate([vectors[[7, 300, 3]], unit_vectors(20, 8, 1)])
+    one_by_one = zip(*(shard.search(queries, k) for shard in searcher.shards), strict=True)
+    assert searcher.search(queries, k) == [merge(per_shard, k) for per_shard in one_by_one]
+    scores, positions = searcher.find(queries, k)
+    item_ids = np.array([*searcher.item_ids, ""])
+    assert [[i for i in row if i] for row in item_ids[positions].tolist()] == ids(searcher.search(queries, k))
+    assert (scores[:, 1:] <= scores[:, :-1]).all()
 
 
 def test_k_larger_than_the_index_gives_all_of_it(unit_vectors, make_index):
