@@ -161,6 +161,9 @@ def make_shards(config: IndexConfig, made: manifest.Plan, uri: str, items: Items
     storage.remove_tree(made.folder)
     parts = plan.shards(chosen.item_ids, config.shards)
     cluster.connect()
+    (trained,) = in_parallel(
+        shard.prepare, [(storage.join(made.folder, ".trained.faiss"), uri, config.factory, config.parameters)], desc="train"
+    )
     work = [
         shard.Work(
             folder=made.folder,
@@ -170,12 +173,12 @@ def make_shards(config: IndexConfig, made: manifest.Plan, uri: str, items: Items
             items=storage.Layout(config.root).items,
             version=items.version,
             offsets=chosen.offsets[rows],
-            factory=config.factory,
-            parameters=config.parameters,
+            trained=trained,
         )
         for number, rows in enumerate(parts)
     ]
     files = in_parallel(shard.build_from, [(each,) for each in work], desc="shard")
+    storage.remove(trained)
     item_ids, matrix = vectors.read(uri)
     found = check(made.folder, config.shards, item_ids, matrix)
     if found < config.min_recall:

@@ -1,5 +1,6 @@
 """Build one shard: a FAISS index and, in the same row order, what is known of its items without their pictures."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from pipelines.items import open_items
 
 META_COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
+AT_ONCE = 65_536  # vectors in memory beside the index that they go into
 TRAIN_ROWS = 262_144  # 64 points a centroid for 4096 lists; more costs time and gains nothing measurable
 
 
@@ -20,29 +22,55 @@ def names(number: int) -> tuple[str, str]:
     return f"shard-{number:03d}.faiss", f"shard-{number:03d}.parquet"
 
 
-def make_index(vectors: np.ndarray, *, factory: str, parameters: str = "") -> faiss.Index:
-    """Train (on a sample) and fill an inner-product index of `vectors` (n, dim) float32 by a FAISS factory string.
+def empty_index(sample: Callable[[], np.ndarray], *, dim: int, total: int, factory: str, parameters: str = "") -> faiss.Index:
+    """An inner-product index by a FAISS factory string, trained where it has to be, without vectors.
 
-    `parameters` are search settings kept in the file, e.g. "nprobe=16,k_factor_rf=4". ValueError where FAISS refuses.
+    sample() gives (m, dim) float32 of the `total` vectors; it is called only to train. `parameters` are search settings kept in the
+    file, e.g. "nprobe=16,k_factor_rf=4". ValueError where FAISS refuses.
     """
-    n, dim = vectors.shape
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            rows = np.random.default_rng(0).permutation(n)[:TRAIN_ROWS]
-            index.train(np.ascontiguousarray(vectors[rows]))
-        index.add(vectors)
+            index.train(np.ascontiguousarray(sample(), np.float32))
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)
     except RuntimeError as error:
         asked = f"factory {factory!r}" + (f" with {parameters!r}" if parameters else "")
-        raise ValueError(f"FAISS cannot build {asked} for {n} vectors of {dim} dimensions: {error}") from error
+        raise ValueError(f"FAISS cannot build {asked} for {total} vectors of {dim} dimensions: {error}") from error
     return index
+
+
+def sampled(total: int) -> np.ndarray:
+    """Which of `total` rows an index is trained on: TRAIN_ROWS of them at most, drawn evenly, ascending, always the same."""
+    return np.sort(np.random.default_rng(0).choice(total, min(total, TRAIN_ROWS), replace=False))
+
+
+def make_index(vectors: np.ndarray, *, factory: str, parameters: str = "") -> faiss.Index:
+    """`empty_index`, filled with `vectors` (n, dim)."""
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    n, dim = vectors.shape
+    index = empty_index(lambda: vectors[sampled(n)], dim=dim, total=n, factory=factory, parameters=parameters)
+    index.add(vectors)
+    return index
+
+
+def prepare(path: str, vectors: str, factory: str, parameters: str) -> str:
+    """Write the empty, trained index that all shards of the vectors.lance at `vectors` begin with; its path."""
+    dataset = lance.dataset(vectors)
+    total, dim = dataset.count_rows(), dataset.schema.field("vector").type.list_size
+
+    def sample() -> np.ndarray:
+        return as_matrix(dataset.take(sampled(total).tolist(), columns=["vector"])["vector"])
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(empty_index(sample, dim=dim, total=total, factory=factory, parameters=parameters), path)
+    return path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Shard `number` of `folder`: `rows` of the vectors.lance at `vectors`, which are the items at `offsets` of that version."""
+    """Shard `number` of `folder`: `rows` of the vectors.lance at `vectors`, which are the items at `offsets` of that version; `trained` is
+    the path of the index that it begins with (`prepare`)."""
 
     folder: str
     number: int
@@ -51,8 +79,7 @@ class Work:
     items: str
     version: int
     offsets: np.ndarray
-    factory: str
-    parameters: str = ""
+    trained: str
 
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -62,22 +89,23 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def build_from(work: Work) -> list[str]:
-    """Read what a shard is made of and build it; return the names of its files. Runs in a worker that needs no torch."""
-    taken = lance.dataset(work.vectors).take(work.rows.tolist(), columns=["item_id", "vector"])
+    """Read what a shard is made of, AT_ONCE vectors at a time, and build it; the names of its files. Runs in a worker without torch."""
+    index, source = faiss.read_index(work.trained), lance.dataset(work.vectors)
     meta = open_items(work.items, version=work.version).take_rows(work.offsets, META_COLUMNS)
-    assert taken["item_id"].to_pylist() == meta["item_id"].to_pylist(), "vectors and items are in another order"
-    matrix = as_matrix(taken["vector"])
-    return build(work.folder, work.number, vectors=matrix, meta=meta, factory=work.factory, parameters=work.parameters)
+    for start in range(0, len(work.rows), AT_ONCE):
+        taken = source.take(work.rows[start : start + AT_ONCE].tolist(), columns=["item_id", "vector"])
+        same = taken["item_id"].to_pylist() == meta["item_id"].slice(start, AT_ONCE).to_pylist()
+        assert same, "vectors and items are in another order"
+        index.add(as_matrix(taken["vector"]))
+    return write(work.folder, work.number, index=index, meta=meta)
 
 
-def build(folder: str, number: int, *, vectors: np.ndarray, meta: pa.Table, factory: str, parameters: str = "") -> list[str]:
-    """Write shard `number` into `folder` and return the names of its files.
+def write(folder: str, number: int, *, index: faiss.Index, meta: pa.Table) -> list[str]:
+    """Write shard `number` into `folder` and return the names of its files; meta: META_COLUMNS of the index's items, in its order.
 
-    vectors: (n, dim) float32, L2-normalised; meta: META_COLUMNS of the same n items in the same order.
     A file has its name only when it is whole: a builder that is killed leaves nothing that looks like a shard.
     """
-    assert len(vectors) == meta.num_rows
-    index = make_index(np.ascontiguousarray(vectors, np.float32), factory=factory, parameters=parameters)
+    assert index.ntotal == meta.num_rows
     made = names(number)
     partial = [Path(folder, f".{name}.partial") for name in made]
     Path(folder).mkdir(parents=True, exist_ok=True)

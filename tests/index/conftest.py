@@ -133,7 +133,7 @@ def make_index(tmp_path):
         made = manifest.Plan(parent=str(tmp_path / "index"), kind="index", config={"shards": shards, "factory": factory}, inputs={})
         files = []
         for number, rows in enumerate(plan.shards(item_ids, shards)):
-            files += shard.build(made.folder, number, vectors=matrix[rows], meta=meta.take(pa.array(rows)), factory=factory)
+            files += shard.write(made.folder, number, index=shard.make_index(matrix[rows], factory=factory), meta=meta.take(pa.array(rows)))
         made.write(figures={}, files=files)
         return made.folder, item_ids
 

@@ -2,6 +2,7 @@ import os
 import signal
 from pathlib import Path
 
+import faiss
 import lance
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 from idem import manifest, storage
 from index import run, shard, vectors
 from index.run import IndexConfig
-from index.searcher import Searcher
+from index.searcher import Searcher, exact
 from pipelines.items import open_items
 from train.embedder import Embedder
 
@@ -79,7 +80,7 @@ def test_an_item_in_no_shard_or_in_two_is_found_out(indexed):
     item_ids, matrix = vectors.read(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))
     assert run.check(folder, 2, item_ids, matrix) == 1.0
     meta = pq.read_table(Path(folder, "shard-001.parquet"))
-    shard.build(folder, 2, vectors=np.zeros((1, matrix.shape[1])), meta=meta.slice(0, 1), factory="Flat")
+    shard.write(folder, 2, index=shard.make_index(np.zeros((1, matrix.shape[1])), factory="Flat"), meta=meta.slice(0, 1))
     with pytest.raises(ValueError, match=f"{meta['item_id'][0]} in 2"):
         run.check(folder, 3, item_ids, matrix)
     with pytest.raises(ValueError, match=f"{meta.num_rows} items are not in exactly one shard.* in 0"):
@@ -105,6 +106,32 @@ def test_errors_of_encoders_come_back_together_and_nothing_is_committed(root, wi
     with pytest.raises(ValueError, match=r"8 of 8 chunks could not be encoded: items at offsets 0\.\..*out of paint"):
         run.run(config(root))
     assert not list(Path(storage.Layout(root).vectors).glob("*/vectors.lance/_versions/*"))
+
+
+def test_all_shards_begin_with_one_training_and_are_filled_piece_by_piece(root, without_ray, monkeypatch):
+    monkeypatch.setattr(shard, "AT_ONCE", 7)
+    run.run(config(root, shards=3, factory="IVF4,Flat", parameters="nprobe=4"))
+    folder = manifest.current(storage.Layout(root).index, kind="index")
+    assert sorted(path.name for path in Path(folder).iterdir()) == [
+        "manifest.json",
+        *sorted(name for n in range(3) for name in shard.names(n)),
+    ]
+    parts = [shard_.index for shard_ in Searcher.open(folder).shards]
+    assert [part.ntotal for part in parts] == [14, 13, 13]
+    coarse = [faiss.downcast_index(part.quantizer).reconstruct_n(0, 4) for part in parts]
+    assert all((each == coarse[0]).all() for each in coarse)
+    item_ids, matrix = vectors.read(storage.join(manifest.current(storage.Layout(root).vectors, kind="vectors"), vectors.NAME))
+    found = Searcher.open(folder).search(matrix, 5)
+    assert [[hit.item_id for hit in hits] for hits in found] == [[item_ids[i] for i in rows] for rows in exact(matrix, matrix, 5)[1]]
+
+
+def test_what_is_trained_on_is_drawn_evenly_and_always_the_same(monkeypatch):
+    assert shard.sampled(5).tolist() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(shard, "TRAIN_ROWS", 1000)
+    rows = shard.sampled(10**9)
+    assert (rows == shard.sampled(10**9)).all()
+    assert len(np.unique(rows)) == 1000
+    assert abs(rows.mean() / 5e8 - 1) < 0.1
 
 
 def build_or_die(marker: str, work: shard.Work):
@@ -141,7 +168,8 @@ def test_a_killed_builder_costs_its_own_shard_alone(ray_session, indexed, tmp_pa
     chosen = run.choose(items, "", 0)
     marker = str(tmp_path / "killed")
     parts = [np.arange(0, 20), np.arange(20, 40)]
-    source = {"vectors": uri, "items": layout.items, "version": items.version, "folder": str(tmp_path / "out"), "factory": "Flat"}
+    trained = shard.prepare(str(tmp_path / "trained.faiss"), uri, "Flat", "")
+    source = {"vectors": uri, "items": layout.items, "version": items.version, "folder": str(tmp_path / "out"), "trained": trained}
     work = [shard.Work(number=n, rows=rows, offsets=chosen.offsets[rows], **source) for n, rows in enumerate(parts)]
     assert run.in_parallel(build_or_die, [(marker, each) for each in work], desc="shard") == [list(shard.names(0)), list(shard.names(1))]
     assert [Path(f"{marker}-{n}").read_text() for n in (0, 1)] == ["x", "xx"]
