@@ -33,9 +33,10 @@ def _lines(rows: Rows) -> bytes:
 
 
 def csv_bytes(rows: Iterable[dict[str, Any]], delimiter: str = ",") -> bytes:
+    """Texts are quoted: Python's writer, as pandas', would leave a carriage return without quotes, which is no CSV."""
     rows = list(rows)
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter, lineterminator="\n")
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().encode()

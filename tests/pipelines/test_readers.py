@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from idem import images, storage
@@ -53,6 +53,7 @@ TITLES = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(['"
 
 
 @settings(deadline=None, max_examples=60)
+@example(titles=["\r0"], unit_rows=1, kind="csv")
 @given(titles=st.lists(TITLES, min_size=1, max_size=12), unit_rows=st.integers(1, 13), kind=st.sampled_from(["jsonl", "csv"]))
 def test_units_of_any_size_give_the_same_records(
     tmp_path_factory: pytest.TempPathFactory, titles: list[str], unit_rows: int, kind: str
