@@ -55,7 +55,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 UNSEARCHED = "slow"  # of both sides, the defaults of train.settings: for photos, which the search knows nothing of
 MEASURES = {"purge": 0.12, "relabel": 0.15, "purge_every": 1}
 TEXTS = {"text_share": 0.3, "model": {"letters": 0.5, "text_weight": 0.5}}  # names in fifteen languages want more dimensions than titles
-SPARSE = {"kind": "sparse", "neighbours": 4, "random": 64}  # of 2,496 IDs, at most 384 enter a step of 64
+SPARSE = {"kind": "sparse", "neighbours": 8, "random": 64}  # of 2,496 IDs, at most 640 enter a step of 64
 
 
 def contrast(setting: str) -> dict[str, Any]:
