@@ -69,8 +69,8 @@ def choose_gallery(table: pa.Table, *, filter_was_given: bool, per_product: int)
 def shards(item_ids: list[str], count: int) -> list[np.ndarray]:
     """Deal positions of `item_ids` into `count` shards: every position once, sizes within one of each other.
 
-    Items are ordered by a hash of their id and cut into equal parts: every shard is a random sample, so that codebooks
-    trained on one shard suit all, at the price of random reads. The same ids give the same shards in any order of input.
+    Items are ordered by a hash of their id and cut into equal parts: every shard is a random sample, so that each
+    has its share of every list, at the price of random reads. The same ids give the same shards in any order of input.
     ValueError for fewer than one shard, more shards than items, or an id that occurs twice.
     """
     if not 1 <= count <= len(item_ids):

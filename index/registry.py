@@ -50,10 +50,15 @@ class Artifact:
 def entries(parent: str) -> list[Entry]:
     """The releases below `parent` (Layout.releases), newest first, those that cannot be read last."""
     folder = storage.local_path(parent)
-    pointer = folder / manifest.POINTER
-    current = pointer.read_text().strip() if pointer.exists() else ""
+    current = _current(folder)
     found = [_entry(path.parent, current) for path in folder.glob(f"*/{manifest.NAME}")]
     return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
+
+
+def _current(folder: Path) -> str:
+    """The name that CURRENT gives, "" where nothing is current."""
+    pointer = folder / manifest.POINTER
+    return pointer.read_text().strip() if pointer.exists() else ""
 
 
 def _entry(folder: Path, current: str) -> Entry:
@@ -121,8 +126,7 @@ def artifacts(root: str) -> list[Artifact]:
     found = []
     for kind in COLLECTED:
         folder = storage.local_path(storage.join(root, kind))
-        pointer = folder / manifest.POINTER
-        current = pointer.read_text().strip() if pointer.exists() else ""
+        current = _current(folder)
         for path in sorted(folder.glob(f"*/{manifest.NAME}")):
             made = manifest.read(str(path.parent), kind=kind)
             found.append(Artifact(kind=kind, id=path.parent.name, current=path.parent.name == current, inputs=made.inputs))
