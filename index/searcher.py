@@ -3,8 +3,11 @@
 score is the cosine of query and item, because both are L2-normalised and FAISS is asked for inner products.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
 
 import faiss
 import numpy as np
@@ -13,11 +16,14 @@ import pyarrow.parquet as pq
 
 from idem import manifest, storage
 from idem.types import Hit
-from index import release
-from index.shard import META_COLUMNS, names
+from index import filters, kinds, release
+from index.filters import Where
+from index.shard import FILTER_COLUMNS, META_COLUMNS, names
 from index.shard import make_index as make_index  # for later stages, which import of this package its reader alone
 from train.neighbours import nearest
 
+EXACT_ROWS = 65_536  # so few are compared one by one, which costs less than an index that has to look for them in more lists
+KEPT_FILTERS = 16  # each a bit an item, and the stored vectors of EXACT_ROWS at most
 SPARE = 16  # FAISS cuts ties in an order of its own: so many more are fetched and ordered by item_id before the cut
 
 
@@ -51,29 +57,66 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     return nearest(_checked(queries, vectors.shape[1], k), vectors, k)
 
 
+def combined(vectors: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """One query (1, dim) of several pictures or texts: their vectors (n, dim), weighted, summed and normalised.
+
+    ValueError for weights that do not fit or cancel one another out.
+    """
+    if len(weights) != len(vectors):
+        raise ValueError(f"{len(vectors)} parts of a query need as many weights; found {len(weights)}")
+    summed: Any = np.asarray(weights, np.float32) @ vectors
+    length = float(np.linalg.norm(summed))
+    if not np.isfinite(length) or length < 1e-6:
+        raise ValueError(f"the weights {list(weights)} leave nothing of the query")
+    return (summed / length)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The rows of a shard that may be returned. count: how many; bits: the mask, packed as FAISS reads it; where they are few, rows (m,)
+    and few, an index of them alone."""
+
+    count: int
+    bits: np.ndarray
+    rows: np.ndarray | None
+    few: Any
+
+    @classmethod
+    def of(cls, index: Any, mask: np.ndarray) -> "Allowed":
+        count, bits = int(np.count_nonzero(mask)), np.packbits(mask, bitorder="little")
+        rows = np.flatnonzero(mask) if 0 < count <= min(EXACT_ROWS, index.ntotal // 4) else None
+        few = kinds.compact(index, rows) if rows is not None else None
+        return cls(count, bits, rows if few is not None else None, few)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One FAISS index and META_COLUMNS of its items in the same order."""
+    """One FAISS index and what is known of its items in the same order: META_COLUMNS, and columns to filter by."""
 
     index: faiss.Index
     meta: pa.Table
     threads: int = 1
 
     @classmethod
-    def open(cls, folder: str, number: int, *, threads: int = 1) -> "Shard":
+    def open(cls, folder: str, number: int, *, threads: int = 1, mapped: bool = True) -> "Shard":
         """Shard `number` of the finished index at `folder`, its two files verified. ValueError names what is missing or damaged."""
         made = manifest.read(folder, kind="index")
         mine = names(number)
         if not set(mine) <= set(made.files):
             raise ValueError(f"the index at {folder} has no shard {number}; it has {len(made.files) // 2}, numbered from 0")
         manifest.verify(folder, made.model_copy(update={"files": {name: made.files[name] for name in mine}}))
-        return cls.read(folder, number, threads=threads)
+        shard = cls.read(folder, number, threads=threads, mapped=mapped)
+        if tuned := made.figures.get("parameters"):
+            faiss.ParameterSpace().set_index_parameters(shard.index, tuned)
+        return shard
 
     @classmethod
-    def read(cls, folder: str, number: int, *, threads: int = 1) -> "Shard":
-        """As `open`, of an index that has no manifest yet."""
+    def read(cls, folder: str, number: int, *, threads: int = 1, mapped: bool = True) -> "Shard":
+        """As `open`, of an index that has no manifest yet. mapped: leave the stored vectors in the file, where the kind allows it."""
         index_path, meta_path = (str(storage.local_path(storage.join(folder, name))) for name in names(number))
-        return cls(faiss.read_index(index_path), pq.read_table(meta_path), threads)
+        index = faiss.read_index(index_path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        meta = pq.read_table(meta_path, read_dictionary=["category", *FILTER_COLUMNS])
+        return cls(index, meta.combine_chunks(), threads)  # a column in pieces is put together at every take
 
     @property
     def dim(self) -> int:
@@ -83,28 +126,56 @@ class Shard:
     def item_ids(self) -> list[str]:
         return self.meta["item_id"].to_pylist()
 
-    def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, vectors: np.ndarray, k: int, allowed: Allowed | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, m) and rows (n, m) of the k best and some spare ones, m at most the shard's size; row -1 where fewer were found."""
         faiss.omp_set_num_threads(self.threads)  # OpenMP keeps this per calling thread, so it is set at every call
-        return self.index.search(vectors, min(k + SPARE, self.index.ntotal))
+        wanted = min(k + SPARE, self.index.ntotal)
+        if not wanted or not len(vectors):
+            return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
+        if allowed is None or allowed.count == self.index.ntotal:
+            return self.index.search(vectors, wanted, params=kinds.parameters(self.index, k, wanted - min(k, wanted)))
+        if not allowed.count:
+            return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
+        wanted = min(wanted, allowed.count)
+        if allowed.few is not None and allowed.rows is not None:
+            scores, found = allowed.few.search(vectors, wanted)
+            return scores, allowed.rows[found]
+        selector: Any = faiss.IDSelectorBitmap(allowed.bits)  # pyright: ignore[reportCallIssue]
+        share = allowed.count / self.index.ntotal
+        return self.index.search(vectors, wanted, params=kinds.parameters(self.index, k, wanted - min(k, wanted), selector, share))
 
-    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+    def search(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> list[list[Hit]]:
         """The k best items (fewer where the shard is smaller) for each of `vectors` (n, dim), sorted by `index.merge.best_first`."""
-        return Searcher([self]).search(vectors, k)
+        return Searcher([self]).search(vectors, k, where=where)
 
 
-@dataclass(frozen=True, slots=True)
+def _joined(left: Shard, right: Shard) -> Shard:
+    kinds.join(left.index, right.index)
+    return replace(left, meta=pa.concat_tables([left.meta, right.meta]).unify_dictionaries().combine_chunks())
+
+
+@dataclass(frozen=True)
 class Searcher:
-    """All shards of an index in one process, one after the other."""
+    """All shards of an index in one process.
+
+    hidden: (items,) bool by position, the items that are never returned because they were deleted or replaced; None for none.
+    """
 
     shards: Sequence[Shard]
+    hidden: np.ndarray | None = None
+    _allowed: dict[str, list[Allowed]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str, *, threads: int = 1) -> "Searcher":
-        """The index at `path`: the folder of an index or of a release (or `root/releases`, for the current one)."""
+        """The index at `path`: the folder of an index or of a release (or `root/releases`, for the current one).
+
+        Shards that were trained together become one index in memory: searching four costs what searching one does
+        (docs/decisions/0009). A single shard, and kinds that cannot be joined, stay in their files as far as FAISS maps them.
+        """
         folder = _index_of(path)
         count = len(manifest.read(folder, kind="index").files) // 2
-        return cls([Shard.open(folder, number, threads=threads) for number in range(count)])
+        shards = [Shard.open(folder, number, threads=threads, mapped=count == 1) for number in range(count)]
+        return cls([reduce(_joined, shards)] if count > 1 and kinds.joinable([shard.index for shard in shards]) else shards)
 
     @property
     def dim(self) -> int:
@@ -119,17 +190,34 @@ class Searcher:
         """(shards + 1,): the position of each shard's first item in `item_ids`, and their number."""
         return np.cumsum([0, *(shard.index.ntotal for shard in self.shards)])
 
-    def find(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def allowed(self, where: Where | None) -> list[Allowed] | list[None]:
+        """Of each shard the rows that pass the filter and are not hidden. ValueError for a filter that cannot be used."""
+        if not where and self.hidden is None:
+            return [None] * len(self.shards)
+        key = json.dumps(where or {}, sort_keys=True, default=sorted)
+        if key not in self._allowed:
+            masks = [filters.mask(shard.meta, where or {}) for shard in self.shards]
+            if self.hidden is not None:
+                masks = [mask & ~self.hidden[start : start + len(mask)] for mask, start in zip(masks, self.starts, strict=False)]
+            while len(self._allowed) >= KEPT_FILTERS:
+                self._allowed.pop(next(iter(self._allowed)), None)
+            self._allowed[key] = [Allowed.of(shard.index, mask) for shard, mask in zip(self.shards, masks, strict=True)]
+        return self._allowed[key]
+
+    def find(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, k) and positions in `item_ids` (n, k) of the k best for each of `vectors` (n, dim), best first, ties to the smaller
         item_id; k is cut to the number of items. Where fewer are found, the score is -inf and the position -1.
 
-        Twin of `index.merge.merge`, for whole batches.
+        where: what the items must be like (index.filters). Twin of `index.merge.merge`, for whole batches.
         """
         vectors, starts = _checked(vectors, self.dim, k), self.starts
-        found = [shard.nearest(vectors, k) for shard in self.shards]
+        found = [shard.nearest(vectors, k, allowed) for shard, allowed in zip(self.shards, self.allowed(where), strict=True)]
         rows = np.concatenate([np.where(r >= 0, r + start, -1) for (_, r), start in zip(found, starts[:-1], strict=True)], axis=1)
         scores = np.where(rows >= 0, np.concatenate([s for s, _ in found], axis=1), -np.inf)
         k = min(k, int(starts[-1]))
+        if short := max(0, k - rows.shape[1]):
+            rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
+            scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
         order = np.argsort(-scores, axis=1, kind="stable")
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
         tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0))[:, :k].any(axis=1)
@@ -144,14 +232,14 @@ class Searcher:
         shard_of = np.searchsorted(self.starts, positions, side="right") - 1
         by_shard = np.argsort(shard_of, kind="stable")
         parts = [
-            shard.meta.take(pa.array(positions[by_shard][shard_of[by_shard] == number] - start))
+            shard.meta.select(META_COLUMNS).take(pa.array(positions[by_shard][shard_of[by_shard] == number] - start))
             for number, (shard, start) in enumerate(zip(self.shards, self.starts[:-1], strict=True))
         ]
-        return pa.concat_tables(parts).take(pa.array(np.argsort(by_shard)))
+        return pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(by_shard)))
 
-    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+    def search(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> list[list[Hit]]:
         """The k best items for each of `vectors` (n, dim), fewer where there are fewer, in the order of `find`."""
-        scores, positions = self.find(vectors, k)
+        scores, positions = self.find(vectors, k, where=where)
         there = positions >= 0
         known = self.meta(positions[there])
         columns = [known[name].to_pylist() for name in META_COLUMNS]

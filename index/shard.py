@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from idem import schema
 from pipelines.items import open_items
 
 META_COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
+FILTER_COLUMNS = ["lang", "role", "style"]  # besides category and the attributes that the items were ingested with
 AT_ONCE = 65_536  # vectors in memory beside the index that they go into
 TRAIN_ROWS = 262_144  # 64 points a centroid for 4096 lists; more costs time and gains nothing measurable
 
@@ -91,7 +93,9 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
 def build_from(work: Work) -> list[str]:
     """Read what a shard is made of, AT_ONCE vectors at a time, and build it; the names of its files. Runs in a worker without torch."""
     index, source = faiss.read_index(work.trained), lance.dataset(work.vectors)
-    meta = open_items(work.items, version=work.version).take_rows(work.offsets, META_COLUMNS)
+    items = open_items(work.items, version=work.version)
+    attributes = [name for name in items.dataset.schema.names if name == schema.ATTRIBUTES]
+    meta = items.take_rows(work.offsets, [*META_COLUMNS, *FILTER_COLUMNS, *attributes])
     for start in range(0, len(work.rows), AT_ONCE):
         taken = source.take(work.rows[start : start + AT_ONCE].tolist(), columns=["item_id", "vector"])
         same = taken["item_id"].to_pylist() == meta["item_id"].slice(start, AT_ONCE).to_pylist()
@@ -101,7 +105,8 @@ def build_from(work: Work) -> list[str]:
 
 
 def write(folder: str, number: int, *, index: faiss.Index, meta: pa.Table) -> list[str]:
-    """Write shard `number` into `folder` and return the names of its files; meta: META_COLUMNS of the index's items, in its order.
+    """Write shard `number` into `folder` and return the names of its files; meta: META_COLUMNS of the index's items and what they are
+    filtered by, in its order.
 
     A file has its name only when it is whole: a builder that is killed leaves nothing that looks like a shard.
     """
@@ -110,7 +115,7 @@ def write(folder: str, number: int, *, index: faiss.Index, meta: pa.Table) -> li
     partial = [Path(folder, f".{name}.partial") for name in made]
     Path(folder).mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(partial[0]))
-    pq.write_table(meta.select(META_COLUMNS), partial[1])
+    pq.write_table(meta.flatten(), partial[1])  # attributes become columns of their own, `attributes.price`
     for path, name in zip(partial, made, strict=True):
         path.replace(Path(folder, name))
     return list(made)

@@ -1,0 +1,121 @@
+"""What FAISS's kinds of index have in common for us: search parameters, joining, and the vectors that they store.
+
+An index is a shell of a few kinds: a refine step (IndexRefine) around a transform (IndexPreTransform) around lists (IVF), a graph
+(HNSW) or plain codes. Each function here walks that shell once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+
+PROBED = (0.5, 8.0)  # share ** -0.5 times as many lists, eight times at most
+NOT_TRAINED = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
+
+
+def layers(index: Any) -> Iterator[Any]:
+    """The index and what is inside it, outermost first, each as its own class."""
+    while True:
+        index = faiss.downcast_index(index)
+        yield index
+        if isinstance(index, faiss.IndexRefine):
+            index = index.base_index
+        elif isinstance(index, faiss.IndexPreTransform):
+            index = index.index
+        else:
+            return
+
+
+def parameters(index: Any, wanted: int, spare: int, selector: Any = None, share: float = 1.0) -> Any:
+    """To search an index as it is set for `wanted` and `spare` more, among the rows that `selector` lets through, `share` of all (0 to 1).
+
+    The spare ones are not refined for: a refine step takes k_factor times `wanted` from the index below it, as FAISS does for `wanted`.
+    The nearest of a few rows are farther away than the nearest of all, so lists are probed more (PROBED); a graph is walked 1 / share as
+    far, because its walk counts the rows that it may not return.
+    """
+    index, settings = faiss.downcast_index(index), faiss_parameters
+    if isinstance(index, faiss.IndexRefine):
+        below = wanted * index.k_factor
+        inner = parameters(index.base_index, wanted, spare, selector, share)
+        return settings("IndexRefineSearchParameters", k_factor=max(1.0, below / (wanted + spare)), base_index_params=inner)
+    if isinstance(index, faiss.IndexPreTransform):
+        return settings("SearchParametersPreTransform", index_params=parameters(index.index, wanted, spare, selector, share))
+    if isinstance(index, faiss.IndexIVF):
+        probed = index.nprobe * min(PROBED[1], share ** -PROBED[0])
+        return settings("IVFSearchParameters", nprobe=min(index.nlist, round(probed)), sel=selector)
+    if isinstance(index, faiss.IndexHNSW):
+        return settings("SearchParametersHNSW", efSearch=round(index.hnsw.efSearch / share), sel=selector)
+    return settings("SearchParameters", sel=selector)
+
+
+def faiss_parameters(kind: str, **fields: Any) -> Any:
+    """FAISS's search parameters of that name; its constructors take fields that type checkers do not see."""
+    return getattr(faiss, kind)(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _codes(index: Any) -> Any:
+    """The plain codes that an index ranks by in the end, by themselves an index; None where they are in lists or transformed."""
+    for layer in layers(index):
+        if isinstance(layer, faiss.IndexRefine):
+            return faiss.downcast_index(layer.refine_index)
+        if isinstance(layer, faiss.IndexPreTransform):
+            return None
+        if isinstance(layer, faiss.IndexHNSW):
+            return faiss.downcast_index(layer.storage)
+        if isinstance(layer, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+            return layer
+    return None
+
+
+def compact(index: Any, rows: np.ndarray) -> Any:
+    """A small index that compares with each of `rows` (m,) exactly, by a copy of their codes alone, for what may be mapped from a file
+    larger than memory. None where the index has no such codes."""
+    source = _codes(index)
+    if isinstance(source, faiss.IndexScalarQuantizer):
+        small = faiss.IndexScalarQuantizer(source.d, source.sq.qtype, source.metric_type)
+        small.sq, small.is_trained = source.sq, True
+    elif isinstance(source, faiss.IndexFlat):
+        small = faiss.IndexFlat(source.d, source.metric_type)
+    else:
+        return None
+    every = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size).reshape(source.ntotal, source.code_size)
+    small.add_sa_codes(np.take(every, rows, axis=0))
+    return small
+
+
+def _trained(index: Any) -> list[np.ndarray] | None:
+    """What training has left in an index, to tell whether two have the same; None for kinds that cannot be joined."""
+    index = faiss.downcast_index(index)
+    kind = [np.frombuffer(type(index).__name__.encode(), np.uint8)]
+    if isinstance(index, faiss.IndexRefine):
+        parts = [_trained(index.base_index), _trained(index.refine_index)]
+        return None if None in parts else [*kind, *(array for part in parts if part for array in part)]
+    if isinstance(index, faiss.IndexIVF):
+        codebooks = [faiss.vector_to_array(index.pq.centroids)] if hasattr(index, "pq") else []
+        scalars = [faiss.vector_to_array(index.sq.trained)] if hasattr(index, "sq") else []
+        return [*kind, faiss.serialize_index(index.quantizer), *codebooks, *scalars]
+    if isinstance(index, faiss.IndexScalarQuantizer):
+        return [*kind, faiss.vector_to_array(index.sq.trained)]
+    return kind if type(index).__name__ in NOT_TRAINED else None
+
+
+def joinable(indexes: Sequence[Any]) -> bool:
+    """May these be one index? They may where they were trained once, and their kind keeps lists or plain codes."""
+    first, *others = [_trained(index) for index in indexes]
+    return first is not None and all(
+        other is not None and len(other) == len(first) and all(map(np.array_equal, first, other)) for other in others
+    )
+
+
+def join(into: Any, other: Any) -> None:
+    """Move the vectors of `other` behind those of `into`, numbered on; `other` is empty then. Only what is `joinable`."""
+    into, other = faiss.downcast_index(into), faiss.downcast_index(other)
+    if isinstance(into, faiss.IndexRefine):
+        join(into.base_index, other.base_index)
+        join(into.refine_index, other.refine_index)
+        into.ntotal = into.base_index.ntotal
+    elif isinstance(into, faiss.IndexIVF):
+        into.merge_from(other, into.ntotal)
+    else:
+        into.merge_from(other)
