@@ -4,6 +4,7 @@ score is the cosine of query and item, because both are L2-normalised and FAISS 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -26,6 +27,16 @@ EXACT_ROWS = 65_536  # so few are compared one by one, which costs less than an 
 KEPT_FILTERS = 16  # each a bit an item, and the stored vectors of EXACT_ROWS at most
 SPARE = 16  # FAISS cuts ties in an order of its own: so many more are fetched and ordered by item_id before the cut
 
+_forked = False  # OpenMP's threads are not there in a forked child, which would wait for them for ever: it works on one
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_in_child)
+
 
 def _checked(vectors: np.ndarray, dim: int, k: int) -> np.ndarray:
     vectors = np.ascontiguousarray(vectors, np.float32)
@@ -36,6 +47,9 @@ def _checked(vectors: np.ndarray, dim: int, k: int) -> np.ndarray:
         raise ValueError(f"query vectors must be finite; NaN or infinity in {len(bad)} of {len(vectors)}, the first is number {bad[0]}")
     if k < 1:
         raise ValueError(f"k is how many items are wanted, at least 1; found {k}")
+    if not (there := vectors.any(axis=1)).all():
+        zero = np.flatnonzero(~there)
+        raise ValueError(f"a query vector of zeros is near nothing; {len(zero)} of {len(vectors)} are, the first is number {zero[0]}")
     return vectors
 
 
@@ -128,7 +142,7 @@ class Shard:
 
     def nearest(self, vectors: np.ndarray, k: int, allowed: Allowed | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, m) and rows (n, m) of the k best and some spare ones, m at most the shard's size; row -1 where fewer were found."""
-        faiss.omp_set_num_threads(self.threads)  # OpenMP keeps this per calling thread, so it is set at every call
+        faiss.omp_set_num_threads(1 if _forked else self.threads)  # OpenMP keeps this per calling thread, so it is set at every call
         wanted = min(k + SPARE, self.index.ntotal)
         if not wanted or not len(vectors):
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)

@@ -16,6 +16,7 @@ from pipelines.items import open_items
 META_COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
 FILTER_COLUMNS = ["lang", "role", "style"]  # besides category and the attributes that the items were ingested with
 AT_ONCE = 65_536  # vectors in memory beside the index that they go into
+SAME_LENGTH = 0.01  # from 1; an encoder that computes in half precision stays far below it
 TRAIN_ROWS = 262_144  # 64 points a centroid for 4096 lists; more costs time and gains nothing measurable
 
 
@@ -90,6 +91,17 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
+def unit(vectors: np.ndarray, item_ids: pa.ChunkedArray) -> np.ndarray:
+    """`vectors` (n, dim), that are of length 1: what is NaN, infinite or zero has no cosine, and would be found always or never. ValueError
+    names items that are not."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) < SAME_LENGTH))
+    if len(wrong):
+        named = ", ".join(f"{item_ids[i].as_py()} ({lengths[i]:.3g})" for i in wrong[:5].tolist())
+        raise ValueError(f"vectors must be of length 1; {len(wrong)} of {len(vectors)} are not, such as those of {named}")
+    return vectors
+
+
 def build_from(work: Work) -> list[str]:
     """Read what a shard is made of, AT_ONCE vectors at a time, and build it; the names of its files. Runs in a worker without torch."""
     index, source = faiss.read_index(work.trained), lance.dataset(work.vectors)
@@ -100,7 +112,7 @@ def build_from(work: Work) -> list[str]:
         taken = source.take(work.rows[start : start + AT_ONCE].tolist(), columns=["item_id", "vector"])
         same = taken["item_id"].to_pylist() == meta["item_id"].slice(start, AT_ONCE).to_pylist()
         assert same, "vectors and items are in another order"
-        index.add(as_matrix(taken["vector"]))
+        index.add(unit(as_matrix(taken["vector"]), taken["item_id"]))
     return write(work.folder, work.number, index=index, meta=meta)
 
 

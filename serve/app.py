@@ -133,7 +133,7 @@ class ShardSearcher:
         return True
 
     async def check_health(self) -> None:
-        await self.search(np.zeros((1, self.shard.dim), np.float32), 1)
+        await self.search(np.eye(1, self.shard.dim, dtype=np.float32), 1)
 
 
 class Reranker:
