@@ -91,12 +91,13 @@ EVENTS = pa.schema(
 
 
 def vectors(dim: int) -> pa.Schema:
-    """VECTORS: one L2-normalised embedding of `dim` float32 per item, with the id of the embedder that made it."""
+    """VECTORS: one L2-normalised embedding of `dim` float32 per item, with the id of the embedder that made it, and of what."""
     return pa.schema(
         [
             pa.field("item_id", pa.string(), nullable=False),
             pa.field("vector", pa.list_(pa.float32(), dim), nullable=False),
             pa.field("embedder", pa.string(), nullable=False),
+            pa.field("content_hash", pa.string()),  # of the item that was encoded
         ]
     )
 

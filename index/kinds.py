@@ -35,6 +35,8 @@ def parameters(index: Any, wanted: int, spare: int, selector: Any = None, share:
     far, because its walk counts the rows that it may not return.
     """
     index, settings = faiss.downcast_index(index), faiss_parameters
+    if selector is None and not isinstance(index, faiss.IndexRefine):
+        return None
     if isinstance(index, faiss.IndexRefine):
         below = wanted * index.k_factor
         inner = parameters(index.base_index, wanted, spare, selector, share)

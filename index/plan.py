@@ -1,12 +1,15 @@
 """Which items are the gallery, and which shard each of them goes to; pure, so that it is tested without Ray."""
 
+import re
 from dataclasses import dataclass
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from idem import folds
+from index import kinds
 
 GALLERY_COLUMNS = ["item_id", "product_id", "role", "split", "id_split"]
 PER_PRODUCT = 5
@@ -79,3 +82,72 @@ def shards(item_ids: list[str], count: int) -> list[np.ndarray]:
         raise ValueError(f"item_id must be unique, found {len(item_ids) - len(set(item_ids))} repeated")
     order = sorted(range(len(item_ids)), key=lambda i: (folds.uniform(item_ids[i], "shard"), item_ids[i]))
     return [np.sort(part) for part in np.array_split(np.array(order, np.int64), count)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What an index of `total` vectors of `dim` dimensions will be; lists: 0 where there are none; bytes_each: a vector, codes and all."""
+
+    total: int
+    dim: int
+    factory: str
+    shards: int
+    lists: int
+    bytes_each: float
+
+    @property
+    def shard_bytes(self) -> float:
+        return self.bytes_each * -(-self.total // self.shards)
+
+    def lines(self) -> list[str]:
+        """For people, before the work."""
+        rows = -(-self.total // self.shards)
+        told = [
+            f"{self.total:,} vectors of {self.dim} dimensions as {self.factory}: {self.shards} shards of up to {rows:,}",
+            f"{self.bytes_each:,.0f} bytes a vector, {self.shard_bytes / 1e6:,.1f} MB a shard, beside what is known of its items",
+        ]
+        if self.lists:
+            told.append(f"{self.lists:,} lists of {self.total / self.lists:,.0f} vectors")
+        if (better := suggest(self.total, self.dim)).split(",")[0] != self.factory.split(",")[0]:
+            told.append(f"a usual choice for so many: {better}")
+        return told
+
+
+def suggest(total: int, dim: int) -> str:
+    """A sensible FAISS factory for `total` vectors: exact while that takes milliseconds; a graph; then lists of fast-scan codes of 4 bits
+    for every second dimension, refined from half-precision vectors, with about 8 sqrt(total) lists, found by a graph where they are many.
+    """
+    if total <= 50_000:
+        return "Flat"
+    if total <= 500_000:
+        return "HNSW32_SQfp16"
+    lists = 1 << round(np.log2(8 * total**0.5))
+    coarse = f"IVF{lists}" if lists <= 16_384 else f"IVF{lists}_HNSW32"
+    return f"{coarse},PQ{dim // 2}x4fs,Refine(SQfp16)"
+
+
+def outline(*, total: int, dim: int, factory: str, shards: int) -> Outline:
+    """What is known of an index before it is built. ValueError for a factory that FAISS cannot read."""
+    lists = re.search(r"IVF(\d+)", factory)
+    return Outline(
+        total=total, dim=dim, factory=factory, shards=shards, lists=int(lists[1]) if lists else 0, bytes_each=bytes_each(dim, factory)
+    )
+
+
+def bytes_each(dim: int, factory: str) -> float:
+    """Bytes a vector takes in an index of this kind, as FAISS's own parts tell: codes, 8 of id in lists, links of a graph, refine store."""
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"FAISS cannot build {factory!r} for vectors of {dim} dimensions: {error}") from error
+    taken = 0.0
+    for layer in kinds.layers(index):
+        if isinstance(layer, faiss.IndexRefine):
+            taken += faiss.downcast_index(layer.refine_index).code_size
+        elif isinstance(layer, faiss.IndexIVF):
+            taken += layer.code_size + 8
+        elif isinstance(layer, faiss.IndexHNSW):
+            taken += faiss.downcast_index(layer.storage).code_size + 4 * layer.hnsw.nb_neighbors(0) + 16
+        elif hasattr(layer, "code_size"):
+            taken += layer.code_size
+    return taken

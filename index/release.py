@@ -25,7 +25,8 @@ class ReleaseConfig(Table):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """A verified release. Paths are absolute; reranker is None where retrieval order is served as it is."""
+    """A verified release. Paths are absolute; reranker is None where retrieval order is served as it is; folded: the
+    last change of the change log (index.changes) that the items hold."""
 
     name: str
     id: str
@@ -34,6 +35,7 @@ class Release:
     embedder: str
     reranker: str | None
     index: str
+    folded: int = 0
 
     @classmethod
     def open(cls, path: str) -> "Release":
@@ -57,6 +59,7 @@ class Release:
             embedder=bound["embedder"],
             reranker=bound["reranker"],
             index=bound["index"],
+            folded=made.config.get("folded", 0),
         )
 
 

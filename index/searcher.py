@@ -155,8 +155,25 @@ class Shard:
             scores, found = allowed.few.search(vectors, wanted)
             return scores, allowed.rows[found]
         selector: Any = faiss.IDSelectorBitmap(allowed.bits)  # pyright: ignore[reportCallIssue]
-        share = allowed.count / self.index.ntotal
-        return self.index.search(vectors, wanted, params=kinds.parameters(self.index, k, wanted - min(k, wanted), selector, share))
+        settings = kinds.parameters(self.index, k, wanted - min(k, wanted), selector, allowed.count / self.index.ntotal)
+        try:
+            return self.index.search(vectors, wanted, params=settings)
+        except RuntimeError:  # a kind of index that takes no selector
+            return self._sifted(vectors, wanted, allowed)
+
+    def _sifted(self, vectors: np.ndarray, wanted: int, allowed: Allowed) -> tuple[np.ndarray, np.ndarray]:
+        """More and more is fetched, until enough of it may be returned."""
+        mask = np.unpackbits(allowed.bits, count=self.index.ntotal, bitorder="little").astype(bool)
+        fetched = wanted
+        while True:
+            fetched = min(4 * fetched, self.index.ntotal)
+            scores, rows = self.index.search(vectors, fetched)
+            kept = (rows >= 0) & mask[rows]
+            if fetched == self.index.ntotal or (kept.sum(axis=1) >= wanted).all():
+                break
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :wanted]
+        scores, rows = np.where(kept, scores, -np.inf), np.where(kept, rows, -1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def search(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> list[list[Hit]]:
         """The k best items (fewer where the shard is smaller) for each of `vectors` (n, dim), sorted by `index.merge.best_first`."""
@@ -189,7 +206,12 @@ class Searcher:
         folder = _index_of(path)
         count = len(manifest.read(folder, kind="index").files) // 2
         shards = [Shard.open(folder, number, threads=threads, mapped=count == 1) for number in range(count)]
-        return cls([reduce(_joined, shards)] if count > 1 and kinds.joinable([shard.index for shard in shards]) else shards)
+        return cls.of(shards)
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Searcher":
+        """Over these shards, which are used up where they can be joined."""
+        return cls([reduce(_joined, shards)] if len(shards) > 1 and kinds.joinable([shard.index for shard in shards]) else shards)
 
     @property
     def dim(self) -> int:

@@ -25,6 +25,11 @@ def names(number: int) -> tuple[str, str]:
     return f"shard-{number:03d}.faiss", f"shard-{number:03d}.parquet"
 
 
+def finished(folder: str, number: int) -> bool:
+    """Are the files of shard `number` in `folder`? They have their names only when they are whole."""
+    return all(Path(folder, name).exists() for name in names(number))
+
+
 def empty_index(sample: Callable[[], np.ndarray], *, dim: int, total: int, factory: str, parameters: str = "") -> faiss.Index:
     """An inner-product index by a FAISS factory string, trained where it has to be, without vectors.
 
@@ -66,7 +71,8 @@ def prepare(path: str, vectors: str, factory: str, parameters: str) -> str:
         return as_matrix(dataset.take(sampled(total).tolist(), columns=["vector"])["vector"])
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(empty_index(sample, dim=dim, total=total, factory=factory, parameters=parameters), path)
+    faiss.write_index(empty_index(sample, dim=dim, total=total, factory=factory, parameters=parameters), f"{path}.partial")
+    Path(f"{path}.partial").replace(path)
     return path
 
 

@@ -87,13 +87,13 @@ def root(tmp_path):
 
 def encode_plainly(offsets, source, *, folder, encoders):
     """The obvious twin of index.vectors.encode: the same batch function, one call after the other, no Ray."""
-    encoder = vectors.Encoder(source, storage.join(folder, vectors.NAME))
-    parts = vectors.chunks_of(offsets, encoders)
-    return vectors.commit(folder, [{k: v[0] for k, v in encoder(batch(i, part)).items()} for i, part in enumerate(parts)])
+    told, left = vectors.pieces(offsets, source, folder=folder, encoders=encoders)
+    encoder = vectors.Encoder(source, folder)
+    return vectors.commit(folder, told + [{k: v[0] for k, v in encoder(batch(each)).items()} for each in left])
 
 
-def batch(chunk: int, offsets: np.ndarray) -> dict[str, np.ndarray]:
-    return {"chunk": np.array([chunk]), "offsets": np.array([offsets])}
+def batch(piece: dict) -> dict[str, np.ndarray]:
+    return {"chunk": np.array([piece["chunk"]]), "offsets": np.array([piece["offsets"]]), "known": np.array([piece["known"]])}
 
 
 @pytest.fixture

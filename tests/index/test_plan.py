@@ -1,10 +1,11 @@
 import itertools
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from index import plan
+from index import plan, shard
 
 
 def table(rows: list[tuple[str, str, str, str, str]]) -> pa.Table:
@@ -88,3 +89,28 @@ def test_every_item_is_in_exactly_one_shard_of_balanced_size(items, count):
 def test_impossible_shards_are_refused(item_ids, count, message):
     with pytest.raises(ValueError, match=message):
         plan.shards(item_ids, count)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4fs", "IVF16,PQ16x4fs,Refine(SQfp16)", "HNSW16_SQ8", "IVF16,RaBitQ"]
+)
+def test_bytes_a_vector_are_those_of_a_written_index(dim, factory):
+    vectors = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
+    size = len(faiss.serialize_index(shard.make_index(vectors, factory=factory))) / len(vectors)
+    assert plan.bytes_each(dim, factory) == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.parametrize("total", [10, 50_000, 50_001, 500_001, 10**7, 10**8, 10**9, 10**10])
+def test_what_is_suggested_can_be_built_and_is_told(total):
+    factory = plan.suggest(total, 128)
+    told = plan.outline(total=total, dim=128, factory=factory, shards=4)
+    assert told.bytes_each > 0
+    assert (told.lists > 0) == (total > 500_000)
+    assert not any("usual" in line for line in told.lines())
+    assert "usual" in plan.outline(total=total, dim=128, factory="SQ4", shards=4).lines()[-1]
+
+
+def test_a_factory_that_faiss_cannot_read_is_refused():
+    with pytest.raises(ValueError, match="FAISS cannot build 'Nonsense'"):
+        plan.outline(total=10, dim=8, factory="Nonsense", shards=1)

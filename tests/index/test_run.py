@@ -5,13 +5,15 @@ from pathlib import Path
 import faiss
 import lance
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from idem import manifest, storage
-from index import run, shard, vectors
+from index import plan, run, shard, vectors
+from index.checking import Asked
 from index.run import IndexConfig
-from index.searcher import Searcher, exact
+from index.searcher import Searcher, Shard, exact
 from pipelines.items import open_items
 from train.embedder import Embedder
 
@@ -67,7 +69,7 @@ def test_what_is_finished_is_skipped_and_what_is_damaged_is_made_again(indexed, 
 
 def test_recall_below_the_bar_publishes_nothing(root, without_ray):
     poor = config(root, gallery="true", factory="PQ1x2", min_recall=0.9)
-    with pytest.raises(ValueError, match=r"recall@10 of PQ1x2 against exact search is 0\.\d+, below min_recall = 0.9"):
+    with pytest.raises(ValueError, match=r"recall@10 of PQ1x2 .* is 0\.\d+ of queries by gallery, below min_recall = 0.9"):
         run.run(poor)
     assert not Path(storage.Layout(root).index, "CURRENT").exists()
     assert not list(Path(storage.Layout(root).index).glob("*/*"))
@@ -77,14 +79,17 @@ def test_recall_below_the_bar_publishes_nothing(root, without_ray):
 def test_an_item_in_no_shard_or_in_two_is_found_out(indexed):
     layout = storage.Layout(indexed)
     folder = manifest.current(layout.index, kind="index")
-    item_ids, matrix = vectors.read(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))
-    assert run.check(folder, 2, item_ids, matrix) == 1.0
+    dataset = lance.dataset(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))
+    item_ids, matrix = vectors.read(dataset.uri)
+    parts = plan.shards(item_ids, 2)
+    asked = {"gallery": Asked(matrix, np.arange(40))}
+    assert run.check(folder, parts, dataset, asked, 0)["recall@10"] == 1.0
     meta = pq.read_table(Path(folder, "shard-001.parquet"))
     shard.write(folder, 2, index=shard.make_index(np.zeros((1, matrix.shape[1])), factory="Flat"), meta=meta.slice(0, 1))
     with pytest.raises(ValueError, match=f"{meta['item_id'][0]} in 2"):
-        run.check(folder, 3, item_ids, matrix)
+        run.check(folder, [*parts, parts[1][:1]], dataset, asked, 0)
     with pytest.raises(ValueError, match=f"{meta.num_rows} items are not in exactly one shard.* in 0"):
-        run.check(folder, 1, item_ids, matrix)
+        run.check(folder, parts[:1], dataset, asked, 0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_all_shards_begin_with_one_training_and_are_filled_piece_by_piece(root, 
         "manifest.json",
         *sorted(name for n in range(3) for name in shard.names(n)),
     ]
-    parts = [shard_.index for shard_ in Searcher.open(folder).shards]
+    parts = [Shard.open(folder, number).index for number in range(3)]
     assert [part.ntotal for part in parts] == [14, 13, 13]
     coarse = [faiss.downcast_index(part.quantizer).reconstruct_n(0, 4) for part in parts]
     assert all((each == coarse[0]).all() for each in coarse)
@@ -174,10 +179,96 @@ def test_a_killed_builder_costs_its_own_shard_alone(ray_session, indexed, tmp_pa
     assert run.in_parallel(build_or_die, [(marker, each) for each in work], desc="shard") == [list(shard.names(0)), list(shard.names(1))]
     assert [Path(f"{marker}-{n}").read_text() for n in (0, 1)] == ["x", "xx"]
     _, matrix = vectors.read(uri)
-    assert run.check(str(tmp_path / "out"), 2, chosen.item_ids, matrix) == 1.0
+    asked = {"gallery": Asked(matrix, np.arange(40))}
+    assert run.check(str(tmp_path / "out"), parts, lance.dataset(uri), asked, 0)["recall@10"] == 1.0
 
 
 @pytest.mark.ray
 def test_errors_of_tasks_are_raised_once_together(ray_session):
     with pytest.raises(ValueError, match="2 of 4 failed: number 1: ValueError: no 1; number 3: ValueError: no 3"):
         run.in_parallel(refuse, [(n,) for n in range(4)], desc="number")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL of the driver: nothing of ours catches it."""
+
+
+def test_a_killed_encoding_goes_on_behind_its_last_finished_chunk(root, without_ray, monkeypatch):
+    plain, calls = Embedder.encode, []
+
+    def dies(self, images, texts, **settings):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise Killed
+        return plain(self, images, texts, **settings)
+
+    monkeypatch.setattr(Embedder, "encode", dies)
+    with pytest.raises(Killed):
+        run.run(config(root))
+    orphan = next(Path(storage.Layout(root).vectors).glob("*/vectors.lance/data")) / "orphan.lance"
+    orphan.write_bytes(b"of a worker that was killed before it told")
+    assert sum(calls[:4]) == 20
+    run.run(config(root))
+    assert sum(calls[4:9]) == 25, "three of eight chunks were done"
+    folder = Path(manifest.current(storage.Layout(root).vectors, kind="vectors"))
+    assert not list(folder.rglob("orphan.lance"))
+    assert not (folder / vectors.PARTS).exists()
+    item_ids, matrix = vectors.read(str(folder / vectors.NAME))
+    assert item_ids == [f"p{p:03d}-0" for p in range(40)]
+    assert np.isfinite(matrix).all()
+
+
+def test_only_what_changed_is_encoded_again(root, without_ray, items_again, embedder_again):
+    layout = storage.Layout(root)
+
+    def made() -> manifest.Manifest:
+        run.run(config(root))
+        return manifest.read(manifest.current(layout.vectors, kind="vectors"), kind="vectors")
+
+    def matrix() -> np.ndarray:
+        return vectors.read(storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME))[1]
+
+    assert made().figures["reused"] == 0
+    before = matrix()
+    items_again(43)
+    figures = made().figures
+    assert (figures["encoded"], figures["reused"]) == (3, 40)
+    np.testing.assert_array_equal(matrix()[:40], before)
+    embedder_again(1)
+    assert made().figures["reused"] == 0
+
+
+def test_what_is_the_same_is_told_by_id_and_content():
+    earlier = pa.table({"item_id": ["a", "b", "c", "d"], "content_hash": pa.array(["1", "2", None, "4"])})
+    now = pa.table({"item_id": ["d", "b", "c", "x", "a"], "content_hash": ["4", "other", "3", "4", "1"]})
+    assert vectors.same(now["item_id"], now["content_hash"], earlier).tolist() == [3, -1, -1, -1, 0]
+
+
+def test_a_killed_build_keeps_the_shards_that_were_finished(root, without_ray, monkeypatch):
+    plain, built = shard.build_from, []
+
+    def dies(work):
+        built.append(work.number)
+        if len(built) == 3:
+            raise Killed
+        return plain(work)
+
+    monkeypatch.setattr(shard, "build_from", dies)
+    with pytest.raises(Killed):
+        run.run(config(root, shards=4, factory="IVF4,Flat", parameters="nprobe=4"))
+    figures = run.run(config(root, shards=4, factory="IVF4,Flat", parameters="nprobe=4"))
+    assert built == [0, 1, 2, 2, 3]
+    assert figures["recall@10"] == 1.0
+    assert len(Searcher.open(manifest.current(storage.Layout(root).index, kind="index")).item_ids) == 40
+
+
+def test_settings_are_tuned_and_told_and_used(root, without_ray):
+    figures = run.run(config(root, gallery="true", factory="IVF8,Flat", target_recall=0.95, min_recall=0.5))
+    assert figures["parameters"].startswith("nprobe=")
+    searcher = Searcher.open(manifest.current(storage.Layout(root).index, kind="index"))
+    assert f"nprobe={faiss.downcast_index(searcher.shards[0].index).nprobe}" == figures["parameters"]
+
+
+def test_an_index_is_checked_with_every_kind_of_query(indexed):
+    figures = manifest.read(manifest.current(storage.Layout(indexed).index, kind="index"), kind="index").figures
+    assert figures["recall_by"] == {"gallery": 1.0, "image": 1.0, "text": 1.0}
