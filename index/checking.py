@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import faiss
 import lance
 import numpy as np
 import pyarrow as pa
@@ -38,9 +37,12 @@ def exact_of(parts: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[
     """
     scores, rows, start = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64), 0
     for part in parts:
-        some, found = faiss.knn(queries, np.ascontiguousarray(part), min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = np.concatenate([scores, some], axis=1), np.concatenate([rows, found + start], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        cosines = queries @ part.T
+        near = np.flatnonzero((cosines > scores[:, -1:]).any(axis=0))  # after the first parts next to nothing is nearer than what is known
+        scores = np.concatenate([scores, cosines[:, near]], axis=1)
+        rows = np.concatenate([rows, np.broadcast_to(near + start, (len(queries), len(near)))], axis=1)
+        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable"), 1)
         scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
         start += len(part)
     return scores, rows

@@ -1,6 +1,7 @@
 """Which items are the gallery, and which shard each of them goes to; pure, so that it is tested without Ray."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -8,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from idem import folds
 from index import kinds
 
 GALLERY_COLUMNS = ["item_id", "product_id", "role", "split", "id_split"]
 PER_PRODUCT = 5
+EVEN = 1 << 20
+BLOCK = 1 << 20  # ids that are hashed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +71,57 @@ def choose_gallery(table: pa.Table, *, filter_was_given: bool, per_product: int)
     return Gallery(_first_of_each(table, everything, per_product or 1), f"first {per_product or 1} rows of each product by item_id")
 
 
-def shards(item_ids: list[str], count: int) -> list[np.ndarray]:
-    """Deal positions of `item_ids` into `count` shards: every position once, sizes within one of each other.
+def hashes(item_ids: pa.Array) -> np.ndarray:
+    """(n,) uint64 of ids (n,): the same for an id wherever it stands, and as good as random. ids are strings without null.
 
-    Items are ordered by a hash of their id and cut into equal parts: every shard is a random sample, so that each
-    has its share of every list, at the price of random reads. The same ids give the same shards in any order of input.
+    Bytes are folded in column by column (as FNV-1a does), then mixed (the finaliser of splitmix64): numpy has no hash of strings.
+    """
+    made = np.full(len(item_ids), 0xCBF29CE484222325, np.uint64)
+    for start in range(0, len(item_ids), BLOCK):
+        known = item_ids.slice(start, BLOCK).cast(pa.binary())
+        offsets = np.frombuffer(known.buffers()[1], np.int32, len(known) + 1, known.offset * 4)
+        data, lengths = np.frombuffer(known.buffers()[2] or b"", np.uint8), np.diff(offsets)
+        part, alike = made[start : start + BLOCK], len(lengths) > 0 and lengths.min() == lengths.max()
+        for place in range(int(lengths.max(initial=0))):
+            there = slice(None) if alike else np.flatnonzero(lengths > place)
+            part[there] = (part[there] ^ data[offsets[:-1][there] + place]) * np.uint64(0x100000001B3)
+    return mixed(made)
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: uint64 (n,) in, of which any bit depends on all."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def shard_of(hashed: np.ndarray, count: int) -> np.ndarray:
+    """The shard (n,) of each hash (n,) uint64: `count` equal ranges of hashes. Sizes deviate by about the root of their mean."""
+    return np.minimum(((hashed >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32), np.uint64(count - 1)).astype(np.int64)
+
+
+def check_count(count: int, items: int) -> None:
+    """ValueError for a number of shards that cannot be."""
+    if not 1 <= count <= items:
+        raise ValueError(f"{count} shards were asked for; allowed are 1 to {items}, the number of items in the gallery")
+
+
+def shards(item_ids: Sequence[str] | pa.ChunkedArray, count: int) -> list[np.ndarray]:
+    """Deal positions of `item_ids` into `count` shards, ascending: every position once. The same ids give the same shards in any order.
+
+    A shard has the items of a range of hashes, so that it is a random sample and has its share of every list. Up to EVEN items the
+    ranges are cut so that sizes are within one of each other; beyond, where sorting costs and chance is even enough, they are equal.
     ValueError for fewer than one shard, more shards than items, or an id that occurs twice.
     """
-    if not 1 <= count <= len(item_ids):
-        raise ValueError(f"{count} shards were asked for; allowed are 1 to {len(item_ids)}, the number of items in the gallery")
-    if len(set(item_ids)) != len(item_ids):
-        raise ValueError(f"item_id must be unique, found {len(item_ids) - len(set(item_ids))} repeated")
-    order = sorted(range(len(item_ids)), key=lambda i: (folds.uniform(item_ids[i], "shard"), item_ids[i]))
-    return [np.sort(part) for part in np.array_split(np.array(order, np.int64), count)]
+    known = (item_ids if isinstance(item_ids, pa.ChunkedArray) else pa.chunked_array([pa.array(item_ids, pa.string())])).combine_chunks()
+    check_count(count, len(known))
+    if (repeated := len(known) - pc.count_distinct(known).as_py()) > 0:
+        raise ValueError(f"item_id must be unique, found {repeated} repeated")
+    hashed = hashes(known)
+    if len(known) <= EVEN:
+        return [np.sort(part) for part in np.array_split(np.argsort(hashed, kind="stable"), count)]
+    mine = shard_of(hashed, count)
+    return [np.flatnonzero(mine == number) for number in range(count)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ class Chosen:
     """offsets (n,): positions of the gallery in the scan order of the items, ascending; item_ids in that order."""
 
     offsets: np.ndarray
-    item_ids: list[str]
+    item_ids: pa.ChunkedArray
     figures: dict[str, Any]
 
 
@@ -79,7 +79,7 @@ def choose(items: Items, gallery: str, per_product: int) -> Chosen:
         "products_of_all_items": len(table["product_id"].unique()),
         "rule": chosen.rule,
     }
-    return Chosen(offsets, rows["item_id"].to_pylist(), figures)
+    return Chosen(offsets, rows["item_id"], figures)
 
 
 def in_parallel(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, desc: str) -> list[Any]:
@@ -216,6 +216,7 @@ def make_shards(config: IndexConfig, made: manifest.Plan, uri: str, items: Items
     cluster.connect()
     if not storage.exists(trained):
         in_parallel(shard.prepare, [(trained, uri, config.factory, config.parameters)], desc="train")
+    begun = time.perf_counter()
     in_parallel(shard.build_from, [(each,) for each in left], desc="shard")
     built = time.perf_counter()
     embedder = storage.join(storage.Layout(config.root).embedder, made.inputs["embedder"])
@@ -235,7 +236,8 @@ def make_shards(config: IndexConfig, made: manifest.Plan, uri: str, items: Items
         "shard_sizes": [len(part) for part in parts],
         "dim": dim,
         **found,
-        "shard_seconds": round(built - start, 2),
+        "train_seconds": round(begun - start, 2),
+        "shard_seconds": round(built - begun, 2),
         "check_seconds": round(time.perf_counter() - built, 2),
     }
     made.write(figures=figures, files=[name for number in range(config.shards) for name in shard.names(number)])
@@ -246,7 +248,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
     """Make the vectors and the index of a run, or find them made."""
     items = open_items(storage.Layout(config.root).items)
     chosen = choose(items, config.gallery, config.per_product)
-    plan.shards(chosen.item_ids, config.shards)  # a wrong number is refused before the work, not after it
+    plan.check_count(config.shards, len(chosen.offsets))  # before the work, not after it
     encoded = make_vectors(config, items, chosen)
     made = manifest.Plan(
         parent=storage.Layout(config.root).index,

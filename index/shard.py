@@ -1,5 +1,6 @@
 """Build one shard: a FAISS index and, in the same row order, what is known of its items without their pictures."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def prepare(path: str, vectors: str, factory: str, parameters: str) -> str:
         return as_matrix(dataset.take(sampled(total).tolist(), columns=["vector"])["vector"])
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    faiss.omp_set_num_threads(os.cpu_count() or 1)  # the shards wait for it: nothing else runs
     faiss.write_index(empty_index(sample, dim=dim, total=total, factory=factory, parameters=parameters), f"{path}.partial")
     Path(f"{path}.partial").replace(path)
     return path

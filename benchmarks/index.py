@@ -1,0 +1,246 @@
+"""The index against bare FAISS, hnswlib, usearch and LanceDB: search at equal recall, building, and filters.
+
+search   three sets of vectors; each contender over its settings, on two threads, ours and bare FAISS by turns
+build    1 and 5 million vectors, from Lance to published shards, against FAISS on an array in memory; each a process of its own
+filters  one million vectors, of which 50, 5 and 0.5 % are let through
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tools import index_data, index_peers
+from benchmarks.tools.curves import Point, rate_at, recall_of
+from benchmarks.tools.index_data import Data
+from benchmarks.tools.index_peers import Contender
+from benchmarks.tools.measuring import Figure, aligned, at_least, at_most, measure, rounded, save, surroundings, table, verdict
+from idem import job
+
+JOB = "benchmarks.index"
+PARTS, SETS = ("search", "build", "filters"), ("sift", "synthetic", "emoji")
+K, REPEATS, RECALL, SHARDS = 10, 5, 0.95, 4
+BATCH_BAR, PEER_BAR, BUILD_BAR, MEMORY_BAR, LINEAR_BAR, FILTER_BAR, LATENCY_BAR = 0.9, 0.9, 1.25, 4096.0, 1.15, 0.95, 2.0
+STORES = {"fp16": "Refine(SQfp16)", "sq8": "Refine(SQ8)"}
+PACKAGES = ("faiss-cpu", "numpy", "pylance", "pyarrow", "ray")
+SHARES = (0.5, 0.05, 0.005)
+SINGLE = 200  # queries asked one at a time
+
+
+def factory_of(n: int, dim: int, store: str) -> str:
+    return f"IVF{1 << round(np.log2(max(16, n**0.5)))},PQ{dim // 2}x4fs,{store}"
+
+
+def data_of(name: str, arguments: argparse.Namespace) -> Data:
+    if name == "sift":
+        return index_data.sift(Path(arguments.data) / "sift_vectors")
+    if name == "synthetic":
+        return index_data.synthetic(arguments.rows, 1000)
+    return index_data.emoji(Path(arguments.data) / "emoji", arguments.embedder)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def curves(contenders: Sequence[Contender], data: Data) -> dict[str, list[Point]]:
+    """Each contender over its settings; those given together take turns."""
+    found: dict[str, list[Point]] = {each.name: [] for each in contenders}
+    for settings in zip(*(each.settings for each in contenders), strict=True):
+        pairs = list(zip(contenders, settings, strict=True))
+        recalls = [recall_of(each.search(data.queries, K, setting), data.exact) for each, setting in pairs]
+        times = np.median([[seconds_of(lambda e=e, s=s: e.search(data.queries, K, s)) for e, s in pairs] for _ in range(REPEATS)], axis=0)
+        for (each, setting), recall, taken in zip(pairs, recalls, times, strict=True):
+            found[each.name].append(Point(recall, len(data.queries) / taken, ",".join(f"{k}={v}" for k, v in setting.items())))
+    return found
+
+
+@contextmanager
+def _peers(data: Data, folder: Path) -> Iterator[Iterator[Contender]]:
+    """One after the other, so that one at a time is in memory."""
+
+    def made() -> Iterator[Contender]:
+        yield index_peers.hnswlib_of(data.vectors)
+        for kind in ("f32", "f16", "i8"):
+            yield index_peers.usearch_of(data.vectors, kind)
+        for kind in ("IVF_PQ", "IVF_HNSW_SQ"):
+            with index_peers.lancedb_of(data.vectors, kind, folder / kind) as both:
+                yield from both
+
+    yield made()
+
+
+def searched(data: Data, folder: Path, log: Callable[[str], None]) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """The figures of one set, and every point of every contender."""
+    n, dim = data.vectors.shape
+    points: dict[str, list[Point]] = {}
+    sizes: dict[str, float] = {}
+    for store, refine in STORES.items():
+        factory = factory_of(n, dim, refine)
+        log(f"{data.name}: {n:,} x {dim}, {factory}")
+        built = index_peers.build_sharded(folder / store, data.vectors, factory, SHARDS)
+        pair = [index_peers.ours(built, f"ours {store}", factory), index_peers.bare(data.vectors, f"faiss {store}", factory)]
+        points |= curves(pair, data)
+        sizes |= {each.name: each.bytes_each for each in pair}
+    with _peers(data, folder) as peers:
+        for peer in peers:
+            log(f"{data.name}: {peer.name}, {peer.bytes_each:,.0f} bytes a vector")
+            points |= curves([peer], data)
+            sizes[peer.name] = peer.bytes_each
+    rates = {name: rate_at(found, RECALL) for name, found in points.items()}
+    figures = []
+    for store in STORES:
+        mine = f"ours {store}"
+        title = f"{data.name} {store}, queries/s at {RECALL}"
+        figures.append(
+            at_least(Figure(name=title, value=rates[mine], peer=f"faiss {store}", peer_value=rates[f"faiss {store}"]), BATCH_BAR)
+        )
+        others = [name for name in rates if name.split()[0] not in ("ours", "faiss") and sizes[name] <= sizes[mine] and rates[name]]
+        if others:
+            best = max(others, key=lambda name: rates[name])
+            figures.append(at_least(Figure(name=title, value=rates[mine], peer=best, peer_value=rates[best]), PEER_BAR))
+    told = [
+        {
+            "set": data.name,
+            "contender": name,
+            "bytes": round(sizes[name], 1),
+            "at": round(rates[name]),
+            "points": [rounded(_said(p)) for p in found],
+        }
+        for name, found in points.items()
+    ]
+    return figures, told
+
+
+def _said(point: Point) -> dict[str, Any]:
+    return {"recall": point.recall, "rate": round(point.rate), "setting": point.setting}
+
+
+def search(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    figures: list[Figure] = []
+    told: list[dict[str, Any]] = []
+    for name in arguments.sets:
+        with tempfile.TemporaryDirectory() as folder:
+            made, points = searched(data_of(name, arguments), Path(folder), say)
+        figures += made
+        told += points
+    rows = [(each["set"], each["contender"], f"{each['bytes']:,.0f}", f"{each['at']:,}" if each["at"] else "-") for each in told]
+    say(aligned([("set", "contender", "bytes a vector", f"queries/s at recall {RECALL}"), *rows], left=2))
+    return figures, {"curves": told}
+
+
+def build(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """The largest number of `--builds` has the bars of time and memory, the smallest that of growing in proportion."""
+    runs, keep = [], Path(arguments.keep)
+    module = "benchmarks.tools.index_build"
+    for rows in arguments.builds:
+        root = str((keep / f"build-{rows}").absolute())
+        mb = rows * index_data.DIM * 4 / 1e6
+        for kind in ("data", "ours", "faiss"):
+            made = measure(
+                kind, [module, kind, root, str(rows), arguments.factory], rows=rows, mb=mb, counts=("rows",), logs=keep / f"{kind}-{rows}"
+            )
+            runs += [made] if kind != "data" else []
+    of = {(run.contender, run.rows): run for run in runs}
+    small, large = min(arguments.builds), max(arguments.builds)
+
+    def taken(kind: str, rows: int, what: str = "seconds") -> float:
+        return float(of[kind, rows].figures[what])
+
+    name = f"build of {large / 1e6:g}M, "
+    figures = [
+        at_most(Figure(name=f"{name}seconds", value=taken("ours", large), peer="faiss", peer_value=taken("faiss", large)), BUILD_BAR),
+        at_most(Figure(name=f"{name}peak MiB", value=of["ours", large].peak_mb, peer="limit", peer_value=MEMORY_BAR), 1.0),
+    ]
+    if small < large:
+        # Training costs the same whatever the number: it is on a sample. What is left must grow with the vectors.
+        grown = [taken("ours", rows) - taken("ours", rows, "train_seconds") for rows in (large, small)]
+        title = f"seconds a million beyond training, {large / 1e6:g}M and {small / 1e6:g}M"
+        per = [seconds / rows * 1e6 for seconds, rows in zip(grown, (large, small), strict=True)]
+        figures.append(at_most(Figure(name=title, value=per[0], peer="ours", peer_value=per[1]), LINEAR_BAR))
+    say(table(runs, []))
+    return figures, {"builds": [rounded({"contender": r.contender, "peak_mb": r.peak_mb, **r.figures}) for r in runs]}
+
+
+def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    data = index_data.synthetic(arguments.rows, 1000)
+    drawn = np.random.default_rng(2).random(len(data.vectors))
+    names = [f"below {share}" for share in SHARES]
+    categories = np.select([drawn < share for share in SHARES[::-1]], names[::-1], "others")
+    factory = factory_of(*data.vectors.shape, STORES["fp16"])
+    figures, told = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        built = index_peers.build_sharded(Path(folder), data.vectors, factory, SHARDS, categories)
+        contender = index_peers.ours(built, "ours", factory)
+        contender.search(data.queries, K, {"nprobe": 32, "k_factor_rf": 10})
+        searcher = contender.searcher
+        for i, share in enumerate(SHARES):
+            where = {"category": names[i:]}
+            cold = seconds_of(lambda w=where: searcher.allowed(w))
+            rows = np.flatnonzero(drawn < share)
+            exact = rows[index_data.exact(data.queries, data.vectors[rows], K)]
+            found = contender.number_of[searcher.find(data.queries, K, where=where)[1]]
+            times = np.array([[_alone(searcher, data.queries, w) for w in (None, where)] for _ in range(REPEATS)])
+            plain, filtered = np.median(times, axis=0).tolist()
+            title = f"filter of {share:.1%}"
+            figures.append(
+                at_least(Figure(name=f"{title}, recall@10", value=recall_of(found, exact), peer="exact", peer_value=1.0), FILTER_BAR)
+            )
+            figures.append(at_most(Figure(name=f"{title}, ms", value=filtered, peer="unfiltered", peer_value=plain), LATENCY_BAR))
+            told.append({"share": share, "first_time_ms": round(cold * 1e3, 1), "ms": round(filtered, 3), "unfiltered_ms": round(plain, 3)})
+    return figures, {"filters": told}
+
+
+def _alone(searcher: Any, queries: np.ndarray, where: Any) -> float:
+    """Median milliseconds of a query that is asked alone."""
+    return float(np.median([seconds_of(lambda q=q: searcher.search(q[None], K, where=where)) for q in queries[:SINGLE]]) * 1e3)
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    figures: list[Figure] = []
+    told: dict[str, Any] = {}
+    for part in arguments.parts:
+        made, more = {"search": search, "build": build, "filters": filters}[part](arguments)
+        figures, told = figures + made, told | more
+    say(table([], figures))
+    known = [
+        rounded(
+            {"name": f.name, "value": f.value, "peer": f.peer, "peer_value": f.peer_value, "ratio": f.ratio, "bar": f.bar, "holds": f.holds}
+        )
+        for f in figures
+    ]
+    result = {"figures": known, "holds": verdict(figures)}
+    if arguments.save:
+        result["saved"] = save("index", {**surroundings(JOB, PACKAGES), **result, **told})
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {JOB}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--rows", type=int, default=1_000_000, help="vectors of the synthetic set")
+    parser.add_argument("--builds", type=int, nargs="+", default=[1_000_000, 5_000_000], help="vectors of the builds")
+    parser.add_argument("--factory", default="IVF4096,PQ64x4fs,Refine(SQfp16)", help="of the builds")
+    parser.add_argument("--data", default="../shared/data", help="folder of the public sets")
+    parser.add_argument("--embedder", default="", help="folder of an embedder for the emoji; without one, random weights encode them")
+    parser.add_argument("--keep", default="out/bench-index", help="folder that keeps the vectors of the builds, for the next time")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/index_<cores>cpu_<date>.json as well")
+    arguments = parser.parse_args(argv)
+    return job.guarded(JOB, lambda: bench(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
