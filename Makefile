@@ -29,6 +29,7 @@ export LANCE_LOG := error
 python := .venv/bin/python
 checksum = $(firstword $(shell cat $(1) | cksum))
 installed := .venv/.installed-$(HARDWARE)-$(call checksum,requirements.txt requirements-$(HARDWARE).txt)
+installed_bench := .venv/.installed-bench-$(call checksum,requirements-bench.txt)
 installed_dev := .venv/.installed-dev-$(call checksum,requirements-dev.txt)
 
 help: ## this list
@@ -81,7 +82,7 @@ check: $(installed) $(installed_dev) ## format, lint, types and import contracts
 	@$(python) -m pyright
 	@.venv/bin/lint-imports
 
-bench: $(installed) ## one benchmark against its peers: NAME=ingest, head, embed, index, rerank or serve
+bench: $(installed) $(if $(filter index,$(NAME)),$(installed_bench)) ## one benchmark against its peers: NAME=ingest, head, embed, index, rerank or serve
 	@if [ ! -f 'benchmarks/$(NAME).py' ]; then \
 	  echo "no benchmark called '$(NAME)'; there are: $$(cd benchmarks 2>/dev/null && ls *.py 2>/dev/null | sed 's/\.py$$//' | xargs)" >&2; exit 2; fi
 	@$(python) -m 'benchmarks.$(NAME)' $(ARGS)
@@ -106,3 +107,6 @@ $(installed):
 
 $(installed_dev): | $(installed)
 	$(call install,requirements-dev.txt)
+
+$(installed_bench): | $(installed)
+	$(call install,requirements-bench.txt)

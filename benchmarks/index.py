@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,13 @@ def seconds_of(work: Callable[[], Any]) -> float:
 def curves(contenders: Sequence[Contender], data: Data) -> dict[str, list[Point]]:
     """Each contender over its settings; those given together take turns."""
     found: dict[str, list[Point]] = {each.name: [] for each in contenders}
+    asked = data.queries[: min(each.queries for each in contenders)]
     for settings in zip(*(each.settings for each in contenders), strict=True):
         pairs = list(zip(contenders, settings, strict=True))
-        recalls = [recall_of(each.search(data.queries, K, setting), data.exact) for each, setting in pairs]
-        times = np.median([[seconds_of(lambda e=e, s=s: e.search(data.queries, K, s)) for e, s in pairs] for _ in range(REPEATS)], axis=0)
+        recalls = [recall_of(each.search(asked, K, setting), data.exact[: len(asked)]) for each, setting in pairs]
+        times = np.median([[seconds_of(partial(e.search, asked, K, s)) for e, s in pairs] for _ in range(REPEATS)], axis=0)
         for (each, setting), recall, taken in zip(pairs, recalls, times, strict=True):
-            found[each.name].append(Point(recall, len(data.queries) / taken, ",".join(f"{k}={v}" for k, v in setting.items())))
+            found[each.name].append(Point(recall, len(asked) / taken, ",".join(f"{k}={v}" for k, v in setting.items())))
     return found
 
 
@@ -69,7 +72,7 @@ def _peers(data: Data, folder: Path) -> Iterator[Iterator[Contender]]:
 
     def made() -> Iterator[Contender]:
         yield index_peers.hnswlib_of(data.vectors)
-        for kind in ("f32", "f16", "i8"):
+        for kind in ("f16", "i8"):
             yield index_peers.usearch_of(data.vectors, kind)
         for kind in ("IVF_PQ", "IVF_HNSW_SQ"):
             with index_peers.lancedb_of(data.vectors, kind, folder / kind) as both:
@@ -98,30 +101,22 @@ def searched(data: Data, folder: Path, log: Callable[[str], None]) -> tuple[list
     rates = {name: rate_at(found, RECALL) for name, found in points.items()}
     figures = []
     for store in STORES:
-        mine = f"ours {store}"
+        mine, twin = f"ours {store}", f"faiss {store}"
         title = f"{data.name} {store}, queries/s at {RECALL}"
-        figures.append(
-            at_least(Figure(name=title, value=rates[mine], peer=f"faiss {store}", peer_value=rates[f"faiss {store}"]), BATCH_BAR)
-        )
+        figures.append(at_least(Figure(name=title, value=rates[mine], peer=twin, peer_value=rates[twin]), BATCH_BAR))
         others = [name for name in rates if name.split()[0] not in ("ours", "faiss") and sizes[name] <= sizes[mine] and rates[name]]
         if others:
             best = max(others, key=lambda name: rates[name])
             figures.append(at_least(Figure(name=title, value=rates[mine], peer=best, peer_value=rates[best]), PEER_BAR))
     told = [
-        {
-            "set": data.name,
-            "contender": name,
-            "bytes": round(sizes[name], 1),
-            "at": round(rates[name]),
-            "points": [rounded(_said(p)) for p in found],
-        }
+        {"set": data.name, "contender": name, "bytes": round(sizes[name], 1), "at": round(rates[name]), "points": list(map(_said, found))}
         for name, found in points.items()
     ]
     return figures, told
 
 
 def _said(point: Point) -> dict[str, Any]:
-    return {"recall": point.recall, "rate": round(point.rate), "setting": point.setting}
+    return {"recall": round(point.recall, 4), "rate": round(point.rate), "setting": point.setting}
 
 
 def search(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
@@ -145,9 +140,8 @@ def build(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         root = str((keep / f"build-{rows}").absolute())
         mb = rows * index_data.DIM * 4 / 1e6
         for kind in ("data", "ours", "faiss"):
-            made = measure(
-                kind, [module, kind, root, str(rows), arguments.factory], rows=rows, mb=mb, counts=("rows",), logs=keep / f"{kind}-{rows}"
-            )
+            words = [module, kind, root, str(rows), arguments.factory]
+            made = measure(kind, words, rows=rows, mb=mb, counts=("rows",), logs=keep / f"{kind}-{rows}")
             runs += [made] if kind != "data" else []
     of = {(run.contender, run.rows): run for run in runs}
     small, large = min(arguments.builds), max(arguments.builds)
@@ -174,8 +168,8 @@ def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
     data = index_data.synthetic(arguments.rows, 1000)
     drawn = np.random.default_rng(2).random(len(data.vectors))
     names = [f"below {share}" for share in SHARES]
-    categories = np.select([drawn < share for share in SHARES[::-1]], names[::-1], "others")
-    factory = factory_of(*data.vectors.shape, STORES["fp16"])
+    categories = np.select([drawn < share for share in SHARES[::-1]], names[::-1], default="others")
+    factory = factory_of(len(data.vectors), data.vectors.shape[1], STORES["fp16"])
     figures, told = [], []
     with tempfile.TemporaryDirectory() as folder:
         built = index_peers.build_sharded(Path(folder), data.vectors, factory, SHARDS, categories)
@@ -184,16 +178,14 @@ def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         searcher = contender.searcher
         for i, share in enumerate(SHARES):
             where = {"category": names[i:]}
-            cold = seconds_of(lambda w=where: searcher.allowed(w))
+            cold = seconds_of(partial(searcher.allowed, where))
             rows = np.flatnonzero(drawn < share)
             exact = rows[index_data.exact(data.queries, data.vectors[rows], K)]
             found = contender.number_of[searcher.find(data.queries, K, where=where)[1]]
             times = np.array([[_alone(searcher, data.queries, w) for w in (None, where)] for _ in range(REPEATS)])
             plain, filtered = np.median(times, axis=0).tolist()
-            title = f"filter of {share:.1%}"
-            figures.append(
-                at_least(Figure(name=f"{title}, recall@10", value=recall_of(found, exact), peer="exact", peer_value=1.0), FILTER_BAR)
-            )
+            title, recall = f"filter of {share:.1%}", recall_of(found, exact)
+            figures.append(at_least(Figure(name=f"{title}, recall@10", value=recall, peer="exact", peer_value=1.0), FILTER_BAR))
             figures.append(at_most(Figure(name=f"{title}, ms", value=filtered, peer="unfiltered", peer_value=plain), LATENCY_BAR))
             told.append({"share": share, "first_time_ms": round(cold * 1e3, 1), "ms": round(filtered, 3), "unfiltered_ms": round(plain, 3)})
     return figures, {"filters": told}
@@ -215,12 +207,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         made, more = {"search": search, "build": build, "filters": filters}[part](arguments)
         figures, told = figures + made, told | more
     say(table([], figures))
-    known = [
-        rounded(
-            {"name": f.name, "value": f.value, "peer": f.peer, "peer_value": f.peer_value, "ratio": f.ratio, "bar": f.bar, "holds": f.holds}
-        )
-        for f in figures
-    ]
+    known = [rounded({**asdict(figure), "ratio": figure.ratio}) for figure in figures]
     result = {"figures": known, "holds": verdict(figures)}
     if arguments.save:
         result["saved"] = save("index", {**surroundings(JOB, PACKAGES), **result, **told})

@@ -252,5 +252,9 @@ class Layout:
         return join(self.root, "reranker")
 
     @property
+    def changes(self) -> str:
+        return join(self.root, "changes")
+
+    @property
     def releases(self) -> str:
         return join(self.root, "releases")

@@ -146,6 +146,18 @@ def _from(change: Change, first: int) -> Change:
     return Change(first=change.first + skipped, operation=change.operation, rows=change.rows.slice(skipped)) if skipped else change
 
 
+def forget(folder: str | Path, folded: int) -> list[str]:
+    """Remove files all of whose changes are numbered up to `folded`, which every release that is kept holds; their names.
+
+    The last file stays, so that a writer may be at work meanwhile.
+    """
+    known = segments(Path(folder))
+    gone = [path for (_, path), (following, _) in itertools.pairwise(known) if following <= folded + 1]
+    for path in gone:
+        path.unlink()
+    return [path.name for path in gone]
+
+
 class Writer:
     """The one that writes. ValueError where another process does, or the log is damaged. Its methods may be called by several threads."""
 
@@ -235,14 +247,6 @@ class Writer:
         file.seek(end)
         os.fsync(file.fileno())
         return file
-
-    def forget(self, folded: int) -> list[str]:
-        """Remove files all of whose changes are numbered up to `folded`, which every release that is kept holds; their names."""
-        known = segments(self.folder)
-        gone = [path for (_, path), (following, _) in itertools.pairwise(known) if following <= folded + 1]
-        for path in gone:
-            path.unlink()
-        return [path.name for path in gone]
 
     def close(self) -> None:
         self.file.close()

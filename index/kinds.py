@@ -4,6 +4,7 @@ An index is a shell of a few kinds: a refine step (IndexRefine) around a transfo
 (HNSW) or plain codes. Each function here walks that shell once.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ import numpy as np
 
 PROBED = (0.5, 8.0)  # share ** -0.5 times as many lists, eight times at most
 NOT_TRAINED = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
+
+
+def lists_of(factory: str) -> int:
+    """How many lists a FAISS factory asks for, 0 where it has none."""
+    found = re.search(r"IVF(\d+)", factory)
+    return int(found[1]) if found else 0
 
 
 def layers(index: Any) -> Iterator[Any]:
@@ -118,6 +125,36 @@ def join(into: Any, other: Any) -> None:
         join(into.refine_index, other.refine_index)
         into.ntotal = into.base_index.ntotal
     elif isinstance(into, faiss.IndexIVF):
+        _move_whole_blocks(into, other)
         into.merge_from(other, into.ntotal)
     else:
         into.merge_from(other)
+
+
+def _move_whole_blocks(into: Any, other: Any) -> None:
+    """Append, of `other`, the fast-scan lists that FAISS 1.15 appends wrongly.
+
+    Where a list holds a multiple of block_size vectors (its number of bytes, where that of vectors was meant), BlockInvertedLists
+    copies as many blocks as the whole list will have, past the end of both. Such a list gets its last vector anew, with those of `other`.
+    """
+    lists, more = (faiss.downcast_InvertedLists(index.invlists) for index in (into, other))
+    if not isinstance(lists, faiss.BlockInvertedLists):
+        return
+    for number in range(lists.nlist):
+        size, added = lists.list_size(number), more.list_size(number)
+        if size and added and size % lists.block_size == 0:
+            last = faiss.rev_swig_ptr(lists.get_ids(number), size)[-1:]
+            ids = np.concatenate([last, faiss.rev_swig_ptr(more.get_ids(number), added) + into.ntotal])
+            codes = [_code(lists, number, size - 1), *(_code(more, number, i) for i in range(added))]
+            blocks = np.zeros(-(-len(codes) // lists.n_per_block) * lists.block_size, np.uint8)
+            for i, code in enumerate(codes):
+                lists.packer.pack_1_c(faiss.swig_ptr(code), i, faiss.swig_ptr(blocks))
+            lists.resize(number, size - 1)
+            lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(blocks))
+            more.resize(number, 0)
+
+
+def _code(lists: Any, number: int, place: int) -> np.ndarray:
+    code = np.empty(lists.packer.code_size, np.uint8)
+    lists.packer.unpack_1_c(lists.get_codes(number), place, faiss.swig_ptr(code))
+    return code

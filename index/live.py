@@ -133,7 +133,7 @@ class Live:
 
     @property
     def changes(self) -> str:
-        return str(storage.local_path(storage.join(self.layout.root, "changes")))
+        return str(storage.local_path(self.layout.changes))
 
     def _open(self, folder: str) -> None:
         release = Release.open(folder)

@@ -1,19 +1,17 @@
 """Which items are the gallery, and which shard each of them goes to; pure, so that it is tested without Ray."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from index import kinds
+from index.sizes import EVEN
+from index.sizes import outline as outline  # what a job says before its work
 
 GALLERY_COLUMNS = ["item_id", "product_id", "role", "split", "id_split"]
 PER_PRODUCT = 5
-EVEN = 1 << 20
 BLOCK = 1 << 20  # ids that are hashed at a time
 
 
@@ -29,7 +27,8 @@ def _first_of_each(table: pa.Table, rows: np.ndarray, limit: int) -> np.ndarray:
     """At most `limit` of `rows` per product, the smallest item_ids; ascending. 0 is no limit."""
     if not limit or not len(rows):
         return rows
-    chosen = table.select(["product_id", "item_id"]).take(pa.array(rows))
+    large = {name: table[name].cast(pa.large_string()) for name in ("product_id", "item_id")}  # a string array ends at 2 GiB
+    chosen = pa.table(large).take(pa.array(rows))
     order = pc.sort_indices(chosen, sort_keys=[("product_id", "ascending"), ("item_id", "ascending")]).to_numpy()
     products = chosen["product_id"].combine_chunks().dictionary_encode().indices.to_numpy()[order]
     starts = np.flatnonzero(np.r_[True, products[1:] != products[:-1]])
@@ -71,33 +70,51 @@ def choose_gallery(table: pa.Table, *, filter_was_given: bool, per_product: int)
     return Gallery(_first_of_each(table, everything, per_product or 1), f"first {per_product or 1} rows of each product by item_id")
 
 
-def hashes(item_ids: pa.Array) -> np.ndarray:
+def hashes(item_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """(n,) uint64 of ids (n,): the same for an id wherever it stands, and as good as random. ids are strings without null.
 
     Bytes are folded in column by column (as FNV-1a does), then mixed (the finaliser of splitmix64): numpy has no hash of strings.
+    Chunks stay apart, because one Arrow array of strings ends at 2 GiB.
     """
-    made = np.full(len(item_ids), 0xCBF29CE484222325, np.uint64)
-    for start in range(0, len(item_ids), BLOCK):
-        known = item_ids.slice(start, BLOCK).cast(pa.binary())
-        offsets = np.frombuffer(known.buffers()[1], np.int32, len(known) + 1, known.offset * 4)
-        data, lengths = np.frombuffer(known.buffers()[2] or b"", np.uint8), np.diff(offsets)
-        part, alike = made[start : start + BLOCK], len(lengths) > 0 and lengths.min() == lengths.max()
-        for place in range(int(lengths.max(initial=0))):
-            there = slice(None) if alike else np.flatnonzero(lengths > place)
-            part[there] = (part[there] ^ data[offsets[:-1][there] + place]) * np.uint64(0x100000001B3)
+    made, at = np.full(len(item_ids), 0xCBF29CE484222325, np.uint64), 0
+    for chunk in item_ids.chunks if isinstance(item_ids, pa.ChunkedArray) else [item_ids]:
+        for start in range(0, len(chunk), BLOCK):
+            _fold(chunk.slice(start, BLOCK).cast(pa.binary()), made[at + start : at + start + BLOCK][: len(chunk) - start])
+        at += len(chunk)
     return mixed(made)
+
+
+def _fold(known: pa.BinaryArray, made: np.ndarray) -> None:
+    """Fold the bytes of `known` (n,) into `made` (n,), in place."""
+    offsets = np.frombuffer(known.buffers()[1], np.int32, len(known) + 1, known.offset * 4)
+    data, lengths = np.frombuffer(known.buffers()[2] or b"", np.uint8), np.diff(offsets)
+    alike = len(lengths) > 0 and lengths.min() == lengths.max()
+    for place in range(int(lengths.max(initial=0))):
+        there = slice(None) if alike else np.flatnonzero(lengths > place)
+        made[there] = (made[there] ^ data[offsets[:-1][there] + place]) * np.uint64(0x100000001B3)
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: uint64 (n,) in, of which any bit depends on all."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+    made = numbers ^ (numbers >> np.uint64(30))
+    made *= np.uint64(0xBF58476D1CE4E5B9)
+    made ^= made >> np.uint64(27)
+    made *= np.uint64(0x94D049BB133111EB)
+    made ^= made >> np.uint64(31)
+    return made
 
 
 def shard_of(hashed: np.ndarray, count: int) -> np.ndarray:
-    """The shard (n,) of each hash (n,) uint64: `count` equal ranges of hashes. Sizes deviate by about the root of their mean."""
-    return np.minimum(((hashed >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32), np.uint64(count - 1)).astype(np.int64)
+    """The shard (n,) of each hash (n,) uint64: `count` equal ranges of hashes. Sizes deviate by about the root of their mean.
+
+    Twice as many shards halve each; one more moves half of all rows, which costs nothing extra: an index is built anew for it.
+    """
+    return (((hashed >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)).view(np.int64)
+
+
+def moved(before: int, after: int) -> float:
+    """The share of rows whose shard has another number when `before` shards become `after`: hashes outside both of its ranges."""
+    return 1 - sum(max(0.0, min((i + 1) / before, (i + 1) / after) - max(i / before, i / after)) for i in range(min(before, after)))
 
 
 def check_count(count: int, items: int) -> None:
@@ -106,88 +123,56 @@ def check_count(count: int, items: int) -> None:
         raise ValueError(f"{count} shards were asked for; allowed are 1 to {items}, the number of items in the gallery")
 
 
+def repeats(item_ids: pa.ChunkedArray, hashed: np.ndarray) -> int:
+    """How many of `item_ids` (n,) stand there again, by their hashes (n,): ids themselves are compared only where hashes are alike."""
+    known = np.sort(hashed)
+    alike = known[1:][known[1:] == known[:-1]]
+    if not len(alike):
+        return 0
+    suspects = item_ids.filter(pa.array(np.isin(hashed, alike)))
+    return len(suspects) - pc.count_distinct(suspects).as_py()
+
+
 def shards(item_ids: Sequence[str] | pa.ChunkedArray, count: int) -> list[np.ndarray]:
     """Deal positions of `item_ids` into `count` shards, ascending: every position once. The same ids give the same shards in any order.
 
     A shard has the items of a range of hashes, so that it is a random sample and has its share of every list. Up to EVEN items the
-    ranges are cut so that sizes are within one of each other; beyond, where sorting costs and chance is even enough, they are equal.
+    ranges are cut so that sizes are within one of each other; beyond, where sorting costs and chance is even enough, they are equal
+    and a shard is told from its item alone (`shard_of`), without the others.
     ValueError for fewer than one shard, more shards than items, or an id that occurs twice.
     """
-    known = (item_ids if isinstance(item_ids, pa.ChunkedArray) else pa.chunked_array([pa.array(item_ids, pa.string())])).combine_chunks()
+    known = item_ids if isinstance(item_ids, pa.ChunkedArray) else pa.chunked_array([pa.array(item_ids, pa.string())])
     check_count(count, len(known))
-    if (repeated := len(known) - pc.count_distinct(known).as_py()) > 0:
-        raise ValueError(f"item_id must be unique, found {repeated} repeated")
     hashed = hashes(known)
+    if repeated := repeats(known, hashed):
+        raise ValueError(f"item_id must be unique, found {repeated} repeated")
     if len(known) <= EVEN:
         return [np.sort(part) for part in np.array_split(np.argsort(hashed, kind="stable"), count)]
     mine = shard_of(hashed, count)
     return [np.flatnonzero(mine == number) for number in range(count)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
-    """What an index of `total` vectors of `dim` dimensions will be; lists: 0 where there are none; bytes_each: a vector, codes and all."""
+def placed(count: int, machines: int, copies: int = 1, *, earlier: np.ndarray | None = None) -> np.ndarray:
+    """(count, copies): the machine of each copy of each shard, never one machine for two copies. ValueError for fewer machines than copies.
 
-    total: int
-    dim: int
-    factory: str
-    shards: int
-    lists: int
-    bytes_each: float
-
-    @property
-    def shard_bytes(self) -> float:
-        return self.bytes_each * -(-self.total // self.shards)
-
-    def lines(self) -> list[str]:
-        """For people, before the work."""
-        rows = -(-self.total // self.shards)
-        told = [
-            f"{self.total:,} vectors of {self.dim} dimensions as {self.factory}: {self.shards} shards of up to {rows:,}",
-            f"{self.bytes_each:,.0f} bytes a vector, {self.shard_bytes / 1e6:,.1f} MB a shard, beside what is known of its items",
-        ]
-        if self.lists:
-            told.append(f"{self.lists:,} lists of {self.total / self.lists:,.0f} vectors")
-        if (better := suggest(self.total, self.dim)).split(",")[0] != self.factory.split(",")[0]:
-            told.append(f"a usual choice for so many: {better}")
-        return told
-
-
-def suggest(total: int, dim: int) -> str:
-    """A sensible FAISS factory for `total` vectors: exact while that takes milliseconds; a graph; then lists of fast-scan codes of 4 bits
-    for every second dimension, refined from half-precision vectors, with about 8 sqrt(total) lists, found by a graph where they are many.
+    What `earlier` (count, copies) says stays where that machine is there (-1: it is not) and holds no more than its even share; the
+    rest goes to whichever has least. So a machine more takes its share from the others, and little else moves.
     """
-    if total <= 50_000:
-        return "Flat"
-    if total <= 500_000:
-        return "HNSW32_SQfp16"
-    lists = 1 << round(np.log2(8 * total**0.5))
-    coarse = f"IVF{lists}" if lists <= 16_384 else f"IVF{lists}_HNSW32"
-    return f"{coarse},PQ{dim // 2}x4fs,Refine(SQfp16)"
-
-
-def outline(*, total: int, dim: int, factory: str, shards: int) -> Outline:
-    """What is known of an index before it is built. ValueError for a factory that FAISS cannot read."""
-    lists = re.search(r"IVF(\d+)", factory)
-    return Outline(
-        total=total, dim=dim, factory=factory, shards=shards, lists=int(lists[1]) if lists else 0, bytes_each=bytes_each(dim, factory)
-    )
-
-
-def bytes_each(dim: int, factory: str) -> float:
-    """Bytes a vector takes in an index of this kind, as FAISS's own parts tell: codes, 8 of id in lists, links of a graph, refine store."""
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(f"FAISS cannot build {factory!r} for vectors of {dim} dimensions: {error}") from error
-    taken = 0.0
-    for layer in kinds.layers(index):
-        if isinstance(layer, faiss.IndexRefine):
-            taken += faiss.downcast_index(layer.refine_index).code_size
-        elif isinstance(layer, faiss.IndexIVF):
-            taken += layer.code_size + 8
-        elif isinstance(layer, faiss.IndexHNSW):
-            taken += faiss.downcast_index(layer.storage).code_size + 4 * layer.hnsw.nb_neighbors(0) + 16
-        elif hasattr(layer, "code_size"):
-            taken += layer.code_size
-    return taken
+    if not 1 <= copies <= machines:
+        raise ValueError(f"{copies} copies of a shard need as many machines, and at least one; there are {machines}")
+    made, load = np.full((count, copies), -1), np.zeros(machines, np.int64)
+    known = made if earlier is None else np.where(earlier < machines, earlier, -1)
+    even, over = divmod(count * copies, machines)
+    room = np.full(machines, even)
+    room[np.argsort(-np.bincount(known[known >= 0], minlength=machines), kind="stable")[:over]] += 1
+    there = np.argwhere(known >= 0)
+    turn = (there[:, 0] + there[:, 1] * count // copies) % count  # those that must go, the last, are of different shards
+    for number, copy in there[np.argsort(turn, kind="stable")]:
+        if load[machine := known[number, copy]] < room[machine]:
+            made[number, copy] = machine
+            load[machine] += 1
+    for number, copy in np.argwhere(made < 0):
+        taken = np.isin(np.arange(machines), made[number])
+        made[number, copy] = machine = np.where(taken, count * copies + 1, load).argmin()
+        load[machine] += 1
+    return made

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from idem import config, job, manifest, storage
+from index import changes
 from index.release import BOUND, KIND, Release, ReleaseConfig, run
 from pipelines.items import open_items
 
@@ -33,6 +34,7 @@ class Entry:
     created: str = ""
     current: bool = False
     items_version: int = 0
+    folded: int = 0
     bound: Mapping[str, str]
     fault: str = ""
 
@@ -72,6 +74,7 @@ def _entry(folder: Path, current: str) -> Entry:
         created=made.created,
         current=folder.name == current,
         items_version=made.config["items_version"],
+        folded=made.config.get("folded", 0),
         bound=bound,
     )
 
@@ -159,7 +162,8 @@ def show(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """ValueError names all that is missing or damaged."""
     entry = named(entries(parent), arguments.name)
     there = Release.open(storage.join(parent, entry.name))
-    shown = {"release": there.name, "id": there.id, "made": entry.created, "current": entry.current, "items_version": there.items_version}
+    shown = {"release": there.name, "id": there.id, "made": entry.created, "current": entry.current}
+    shown |= {"items_version": there.items_version, "folded": there.folded}
     shown |= {kind: getattr(there, kind) for kind in BOUND}
     sys.stderr.write("\n".join(f"{name:<14} {value if value is not None else '-'}" for name, value in shown.items()) + "\n")
     return shown
@@ -176,7 +180,8 @@ def roll_back(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def collect(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A release goes before what it binds, so that a run that is cut off leaves none that cannot be opened."""
+    """A release goes before what it binds, so that a run that is cut off leaves none that cannot be opened. Of the change log goes what
+    every release that stays has folded in."""
     root = str(storage.local_path(parent).absolute().parent)
     releases, unbound = garbage(entries(parent), artifacts(root), arguments.keep)
     folders = [*(f"releases/{entry.name}" for entry in releases), *(f"{a.kind}/{a.id}" for a in unbound)]
@@ -189,6 +194,9 @@ def collect(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
             open_items(storage.Layout(root).items).let_go(f"release-{entry.name}")
         for artifact in unbound:
             storage.remove_tree(storage.join(root, artifact.kind, artifact.id))
+        kept = [entry for entry in entries(parent) if not entry.fault]
+        if kept and (folder := storage.local_path(storage.Layout(root).changes)).is_dir():
+            folders += [f"changes/{name}" for name in changes.forget(folder, min(entry.folded for entry in kept))]
     return {"removed": [] if arguments.dry_run else folders, "bytes": size, **({"would_remove": folders} if arguments.dry_run else {})}
 
 

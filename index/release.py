@@ -4,6 +4,7 @@ Paths in it are relative to the root of the run, so that the folder of a run may
 written; rolling back is pointing `root/releases/CURRENT` at an older one.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from idem.config import Table
 from pipelines.items import open_items
 
 KIND = "release"
+FOLDED = "folded.json"  # beside the change log: for each id of items the last change that they hold
 BOUND = ("embedder", "index", "reranker")  # the reranker may be absent
 
 
@@ -135,6 +137,12 @@ def _publish(parent: str, name: str, wanted: dict[str, Any]) -> bool:
     return not known
 
 
+def _folded(layout: storage.Layout, items_id: str) -> int:
+    """The last change that these items hold, as index.compact has noted; 0 for none."""
+    path = storage.join(layout.changes, FOLDED)
+    return json.loads(storage.read_bytes(path)).get(items_id, 0) if storage.exists(path) else 0
+
+
 def run(config: ReleaseConfig) -> dict[str, Any]:
     """Bind the current artifacts of the run. ValueError where one is missing or was made with another embedder."""
     if "/" in config.name or config.name.startswith("."):
@@ -145,15 +153,16 @@ def run(config: ReleaseConfig) -> dict[str, Any]:
     items = open_items(layout.items, version=int(index.inputs["items_version"]))
     paths = {kind: f"{kind}/{bound[kind][1].id}" if kind in bound else None for kind in BOUND}
     sums = {kind: manifest.checksum(storage.join(folder, manifest.NAME)).sha256 for kind, (folder, _) in bound.items()}
+    folded = _folded(layout, items.id)
     wanted = {
-        "config": {"items": "items", "items_version": items.version, **paths, "manifests": sums},
+        "config": {"items": "items", "items_version": items.version, **paths, "manifests": sums, **({"folded": folded} if folded else {})},
         "inputs": {"items": index.inputs["items"], **{kind: made.id for kind, (_, made) in bound.items()}},
         "figures": {"items": items.count()},
     }
     name = config.name or manifest.fingerprint(KIND, wanted["config"], wanted["inputs"])[:12]
     items.keep(f"release-{name}")  # so that no upkeep of the items removes what the release has bound
     written = _publish(layout.releases, name, wanted)
-    return {"release": name, "items_version": items.version, **paths, **({} if written else {"skipped": True})}
+    return {"release": name, "items_version": items.version, "folded": folded, **paths, **({} if written else {"skipped": True})}
 
 
 if __name__ == "__main__":

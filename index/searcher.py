@@ -125,11 +125,13 @@ class Shard:
         return shard
 
     @classmethod
-    def read(cls, folder: str, number: int, *, threads: int = 1, mapped: bool = True) -> "Shard":
-        """As `open`, of an index that has no manifest yet. mapped: leave the stored vectors in the file, where the kind allows it."""
+    def read(cls, folder: str, number: int, *, threads: int = 1, mapped: bool = True, columns: Sequence[str] | None = None) -> "Shard":
+        """As `open`, of an index that has no manifest yet. mapped: leave the stored vectors in the file, where the kind allows it; columns:
+        what of its items is read, None for all."""
         index_path, meta_path = (str(storage.local_path(storage.join(folder, name))) for name in names(number))
         index = faiss.read_index(index_path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        meta = pq.read_table(meta_path, read_dictionary=["category", *FILTER_COLUMNS])
+        known = columns and list(columns)
+        meta = pq.read_table(meta_path, columns=known, read_dictionary=["category", *FILTER_COLUMNS])
         return cls(index, meta.combine_chunks(), threads)  # a column in pieces is put together at every take
 
     @property

@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idem import schema
+from index import kinds
 from pipelines.items import open_items
 
 META_COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
 FILTER_COLUMNS = ["lang", "role", "style"]  # besides category and the attributes that the items were ingested with
 AT_ONCE = 65_536  # vectors in memory beside the index that they go into
 SAME_LENGTH = 0.01  # from 1; an encoder that computes in half precision stays far below it
+RUN, A_LIST = 8, 40
 TRAIN_ROWS = 262_144  # 64 points a centroid for 4096 lists; more costs time and gains nothing measurable
 
 
@@ -49,9 +51,16 @@ def empty_index(sample: Callable[[], np.ndarray], *, dim: int, total: int, facto
     return index
 
 
-def sampled(total: int) -> np.ndarray:
-    """Which of `total` rows an index is trained on: TRAIN_ROWS of them at most, drawn evenly, ascending, always the same."""
-    return np.sort(np.random.default_rng(0).choice(total, min(total, TRAIN_ROWS), replace=False))
+def sampled(total: int, lists: int = 0) -> np.ndarray:
+    """Which of `total` rows an index of so many lists is trained on: TRAIN_ROWS at most, or A_LIST a list; ascending, always the same.
+
+    Drawn evenly, RUN neighbours at a time where there are many: reading single rows of a large table costs more than training on them.
+    """
+    wanted = max(TRAIN_ROWS, A_LIST * lists)
+    if total <= wanted:
+        return np.arange(total)
+    starts = np.sort(np.random.default_rng(0).choice(total // RUN, wanted // RUN, replace=False)) * RUN
+    return (starts[:, None] + np.arange(RUN)).ravel()
 
 
 def make_index(vectors: np.ndarray, *, factory: str, parameters: str = "") -> faiss.Index:
@@ -69,7 +78,7 @@ def prepare(path: str, vectors: str, factory: str, parameters: str) -> str:
     total, dim = dataset.count_rows(), dataset.schema.field("vector").type.list_size
 
     def sample() -> np.ndarray:
-        return as_matrix(dataset.take(sampled(total).tolist(), columns=["vector"])["vector"])
+        return as_matrix(dataset.take(sampled(total, kinds.lists_of(factory)).tolist(), columns=["vector"])["vector"])
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     faiss.omp_set_num_threads(os.cpu_count() or 1)  # the shards wait for it: nothing else runs

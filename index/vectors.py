@@ -6,6 +6,7 @@ killed goes on behind the last fragment that was finished, and items that were e
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from index.shard import as_matrix
 from pipelines.items import open_items
 from train.embedder import Embedder
 
+log = logging.getLogger("index.vectors")
 NAME = "vectors.lance"
 PARTS = ".parts"  # what finished chunks tell, until all of them are committed
 FRAGMENT_ROWS = 8192  # with the pictures of so many items a worker stays below a few hundred MB
@@ -108,6 +110,18 @@ def part_of(folder: str, offsets: np.ndarray) -> str:
     return storage.join(folder, PARTS, hashlib.sha256(np.ascontiguousarray(offsets, np.int64).tobytes()).hexdigest()[:24] + ".json")
 
 
+def finished(folder: str, offsets: np.ndarray) -> dict[str, Any]:
+    """What was told of the chunk at `offsets`, if its fragments are whole; else nothing. After a power cut they may not be."""
+    if not storage.exists(part := part_of(folder, offsets)):
+        return {}
+    told = json.loads(storage.read_bytes(part))
+    for file in (file for fragment in json.loads(told["fragments"]) for file in fragment["files"]):
+        path = storage.local_path(storage.join(folder, NAME, "data", file["path"]))
+        if not path.exists() or path.stat().st_size != file["file_size_bytes"]:
+            return {}
+    return told
+
+
 def same(item_ids: pa.ChunkedArray, hashes: pa.ChunkedArray, earlier: pa.Table) -> np.ndarray:
     """For each item (n,) the row of `earlier` (item_id, content_hash) that is of the same item with the same content, -1 for none; pure."""
     asked, there = (_keys(names, contents) for names, contents in ((item_ids, hashes), (earlier["item_id"], earlier["content_hash"])))
@@ -115,10 +129,10 @@ def same(item_ids: pa.ChunkedArray, hashes: pa.ChunkedArray, earlier: pa.Table) 
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def _keys(item_ids: pa.ChunkedArray, hashes: pa.ChunkedArray) -> pa.Array:
-    """Null where no content is known."""
+def _keys(item_ids: pa.ChunkedArray, hashes: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Null where no content is known. In chunks, because one array of strings ends at 2 GiB, which is 23 million of these."""
     compute: Any = pc  # whose type hints know one argument of this function
-    return compute.binary_join_element_wise(item_ids, hashes, "\n").combine_chunks()
+    return compute.binary_join_element_wise(item_ids, hashes, "\n")
 
 
 def earlier_vectors(parent: str, source: Source, embedder_id: str) -> str:
@@ -127,7 +141,11 @@ def earlier_vectors(parent: str, source: Source, embedder_id: str) -> str:
         return ""
     found: list[tuple[str, str]] = []
     for path in storage.local_path(parent).glob(f"*/{manifest.NAME}"):
-        made = manifest.read(str(path.parent), kind="vectors")
+        try:
+            made = manifest.read(str(path.parent), kind="vectors")
+        except ValueError as error:
+            log.warning("earlier vectors are not used: %s", error)
+            continue
         alike = made.inputs.get("embedder") == embedder_id and made.config.get("fields") == source.fields
         whole = alike and not manifest.damaged(str(path.parent), made, deep=False)
         if whole and "content_hash" in lance.dataset(str(path.parent / NAME)).schema.names:
@@ -141,11 +159,13 @@ def pieces(offsets: np.ndarray, source: Source, *, folder: str, encoders: int) -
     known = np.full(len(offsets), -1, np.int64)
     if source.earlier:
         names = open_items(source.items, version=source.version).table(["item_id", "content_hash"]).take(pa.array(offsets))
-        known = same(*names.columns, lance.dataset(storage.join(source.earlier, NAME)).to_table(["item_id", "content_hash"]))
+        known = same(
+            names["item_id"], names["content_hash"], lance.dataset(storage.join(source.earlier, NAME)).to_table(["item_id", "content_hash"])
+        )
     told, left = [], []
     for chunk, rows in enumerate(chunks_of(len(offsets), encoders)):
-        if storage.exists(part := part_of(folder, offsets[rows])):
-            told.append({**json.loads(storage.read_bytes(part)), "chunk": chunk, "error": ""})
+        if part := finished(folder, offsets[rows]):
+            told.append({**part, "chunk": chunk, "error": ""})
         else:
             left.append({"chunk": chunk, "offsets": offsets[rows].tolist(), "known": known[rows].tolist()})
     return told, left
@@ -172,7 +192,10 @@ def encode(offsets: np.ndarray, source: Source, *, folder: str, encoders: int) -
 
 
 def commit(folder: str, rows: list[dict[str, Any]]) -> Made:
-    """Make one dataset of what the encoders wrote, in the order of the chunks, and clear away what else is there."""
+    """Make one dataset of what the encoders wrote, in the order of the chunks, and clear away what else is there.
+
+    PARTS stays, for a run that is killed before the manifest is written: it commits once more.
+    """
     rows = sorted(rows, key=lambda row: row["chunk"])
     if errors := [row["error"] for row in rows if row["error"]]:
         raise ValueError(f"{len(errors)} of {len(rows)} chunks could not be encoded: " + "; ".join(errors[:5]))
@@ -182,9 +205,10 @@ def commit(folder: str, rows: list[dict[str, Any]]) -> Made:
     for path in (root / NAME / "data").iterdir():  # of a worker that was killed before it could tell
         if path.name not in named:
             path.unlink()
+    for name in ("_versions", "_transactions"):  # of a commit that was not told of
+        storage.remove_tree(storage.join(folder, NAME, name))
     lance.LanceDataset.commit(storage.join(folder, NAME), lance.LanceOperation.Overwrite(schema.vectors(rows[0]["dim"]), fragments))
-    storage.remove_tree(storage.join(folder, PARTS))
-    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    files = sorted(str(path.relative_to(root)) for path in (root / NAME).rglob("*") if path.is_file())
     return Made(files=files, reused=sum(row["reused"] for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""One build of an index of synthetic vectors, as a process of its own: `python -m benchmarks.tools.index_build data|ours|faiss ROOT ROWS FACTORY`.
+"""One build of an index of synthetic vectors: `python -m benchmarks.tools.index_build data|ours|faiss ROOT ROWS FACTORY`.
 
 `data` writes what the others need. Times are of the work alone: neither ray.init nor making the vectors counts.
 """
@@ -38,7 +38,8 @@ def ours(root: str, rows: int, factory: str) -> dict[str, Any]:
     start = time.perf_counter()
     items = open_items(layout.items)
     chosen = run.choose(items, "true", 0)
-    config = run.IndexConfig(root=root, factory=factory, parameters="nprobe=64,k_factor_rf=10", shards=SHARDS, min_recall=0.5)
+    settings = {"factory": factory, "parameters": "nprobe=64,k_factor_rf=10", "shards": SHARDS, "min_recall": 0.5}
+    config = run.IndexConfig(root=root, **settings)
     made = manifest.Plan(parent=layout.index, kind="index", config={"factory": factory}, inputs={"embedder": "none"})
     uri = storage.join(manifest.current(layout.vectors, kind="vectors"), vectors.NAME)
     figures = run.make_shards(config, made, uri, items, chosen)

@@ -64,7 +64,7 @@ def sift(folder: Path) -> Data:
 
 
 def emoji(folder: Path, embedder: str, queries: int = 1000) -> Data:
-    """Pictures of the emoji by the embedder in a folder, or by random weights of the compact backbone; every so manieth asks for the rest."""
+    """Pictures of the emoji by the embedder in a folder, or by random weights of the compact backbone; `queries` of them ask."""
     import pyarrow.parquet as pq
 
     from train.backbones.compact import Compact, CompactConfig

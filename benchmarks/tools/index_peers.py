@@ -26,12 +26,14 @@ Setting = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """search(queries (q, dim), k, setting) -> rows (q, k); bytes_each: of what is searched, a vector."""
+    """search(queries (q, dim), k, setting) -> rows (q, k); bytes_each: of what is searched, a vector; queries: the most it is asked,
+    where it is asked one by one and takes long."""
 
     name: str
     bytes_each: float
     settings: list[Setting]
     search: Callable[[np.ndarray, int, Setting], np.ndarray]
+    queries: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ def usearch_of(vectors: np.ndarray, kind: str) -> Contender:
 
 
 @contextmanager
-def lancedb_of(vectors: np.ndarray, kind: str, folder: Path) -> Iterator[list[Contender]]:
+def lancedb_of(vectors: np.ndarray, kind: Any, folder: Path) -> Iterator[list[Contender]]:
     """Its index alone, and refined from the stored vectors, which count then. One query at a time on each thread, as it has no batches."""
     import lancedb  # pyright: ignore[reportMissingImports]
 
@@ -144,7 +146,7 @@ def lancedb_of(vectors: np.ndarray, kind: str, folder: Path) -> Iterator[list[Co
 
     def search(queries: np.ndarray, k: int, setting: Setting) -> np.ndarray:
         def one(query: np.ndarray) -> list[int]:
-            asked = table.search(query).metric("cosine").nprobes(setting["nprobes"]).limit(k).select(["id"])
+            asked = table.search(query).metric("cosine").nprobes(setting["nprobes"]).limit(k).select(["id", "_distance"])
             asked = asked.refine_factor(setting["refine"]) if "refine" in setting else asked
             return asked.to_arrow()["id"].to_pylist()
 
@@ -158,8 +160,8 @@ def lancedb_of(vectors: np.ndarray, kind: str, folder: Path) -> Iterator[list[Co
     stored = 4 * vectors.shape[1]
     try:
         yield [
-            Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search),
-            Contender(name=f"lancedb {kind} refined", bytes_each=size + stored, settings=refined, search=search),
+            Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search, queries=100),
+            Contender(name=f"lancedb {kind} refined", bytes_each=size + stored, settings=refined, search=search, queries=100),
         ]
     finally:
         pool.shutdown()

@@ -150,3 +150,10 @@ def items_again(root):
 def embedder_again(root):
     """embedder_again(seed): another embedder, made current."""
     return lambda seed: write_embedder(root, seed)
+
+
+@pytest.fixture
+def embedder_alone(tmp_path):
+    """A run root with an embedder and nothing else."""
+    write_embedder(str(tmp_path))
+    return str(tmp_path)

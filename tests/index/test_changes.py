@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from idem import schema
 from index import changes
-from index.changes import HEADER, Tail, Writer
+from index.changes import HEADER, Tail, Writer, forget
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {
@@ -167,8 +167,8 @@ def test_files_that_every_release_holds_are_forgotten_and_asking_for_them_is_ref
     with Writer(tmp_path, segment=1) as writer:
         for n in range(4):
             writer.put(items((f"i{n}", "x"), (f"j{n}", "y")))
-        assert writer.forget(3) == [f"changes-{1:020d}.log"]  # 3 and 4 are in one file
-        assert writer.forget(100) == [f"changes-{3:020d}.log", f"changes-{5:020d}.log"]  # never the one that is written
+        assert forget(writer.folder, 3) == [f"changes-{1:020d}.log"]  # 3 and 4 are in one file
+        assert forget(writer.folder, 100) == [f"changes-{3:020d}.log", f"changes-{5:020d}.log"]  # never the one that is written
     assert numbers(Tail(tmp_path, 6).news()) == [7, 8]
     with pytest.raises(ValueError, match="begins at 7; changes from 6 on were asked for"):
         Tail(tmp_path, 5).news()

@@ -109,3 +109,21 @@ def test_a_filter_that_lets_nothing_through_gives_no_answer(tmp_path, unit_vecto
         searcher = Searcher.open(trained_once(tmp_path, vectors, 2, factory)[0])
         assert searcher.search(vectors[:3], 5, where={"role": "none"}) == [[], [], []]
         assert [len(hits) for hits in searcher.search(vectors[:3], 50, where={"size": {"lt": 7}})] == [7, 7, 7]
+
+
+@pytest.mark.parametrize(("into", "other"), [(64, 10), (128, 64), (64, 64), (192, 1), (63, 64), (0, 5), (64, 0)])
+def test_lists_of_whole_blocks_are_joined_rightly(unit_vectors, into, other):
+    """FAISS's own merge writes past its memory for such (64 is the block of PQ4x4fs): it ends the process, or answers wrongly."""
+    vectors = unit_vectors(into + other, 16)
+    empty = faiss.index_factory(16, "IVF1,PQ4x4fs", faiss.METRIC_INNER_PRODUCT)
+    empty.train(unit_vectors(400, 16, 1))
+    first, second, whole = (faiss.clone_index(empty) for _ in range(3))
+    for index, rows in ((first, vectors[:into]), (second, vectors[into:]), (whole, vectors)):
+        if len(rows):
+            index.add(rows)
+    kinds.join(first, second)
+    assert first.ntotal == into + other
+    scores, rows = first.search(unit_vectors(20, 16, 2), into + other)
+    expected, _ = whole.search(unit_vectors(20, 16, 2), into + other)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert (np.sort(rows, axis=1) == np.arange(into + other)).all()

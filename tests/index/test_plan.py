@@ -1,11 +1,10 @@
 import itertools
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from index import plan, shard
+from index import plan
 
 
 def table(rows: list[tuple[str, str, str, str, str]]) -> pa.Table:
@@ -91,26 +90,63 @@ def test_impossible_shards_are_refused(item_ids, count, message):
         plan.shards(item_ids, count)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+def test_shards_of_many_are_equal_ranges_of_hashes(monkeypatch):
+    monkeypatch.setattr(plan, "EVEN", 100)
+    ids = [f"item-{i}" for i in range(20_000)]
+    parts = plan.shards(ids, 7)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(20_000))
+    backwards = plan.shards(ids[::-1], 7)
+    assert [set(part.tolist()) for part in parts] == [{19_999 - i for i in part.tolist()} for part in backwards]
+    mean = 20_000 / 7
+    assert all(abs(len(part) - mean) < 5 * mean**0.5 for part in parts)
+
+
+def test_hashes_do_not_depend_on_blocks_and_differ(monkeypatch):
+    ids = pa.array([*(f"{i}" for i in range(5000)), "", "ä", "a" * 300, "b" * 300])
+    whole = plan.hashes(ids)
+    monkeypatch.setattr(plan, "BLOCK", 777)
+    assert (plan.hashes(ids) == whole).all()
+    assert len(np.unique(whole)) == len(ids)
+    assert (plan.hashes(ids.slice(100, 50)) == whole[100:150]).all()
+
+
+def test_ids_in_chunks_are_hashed_and_dealt_as_in_one():
+    ids = [f"i{i}" * (1 + i % 3) for i in range(5000)]
+    chunks = pa.chunked_array([ids[:1], [], ids[1:4000], ids[4000:]])
+    assert (plan.hashes(chunks) == plan.hashes(pa.array(ids))).all()
+    assert [part.tolist() for part in plan.shards(chunks, 3)] == [part.tolist() for part in plan.shards(ids, 3)]
+
+
+def test_repeats_are_told_by_id_where_hashes_are_alike():
+    ids = pa.chunked_array([["a", "b", "a"], ["c", "a"]])
+    assert plan.repeats(ids, plan.hashes(ids)) == 2
+    assert plan.repeats(ids, np.zeros(5, np.uint64)) == 2
+    assert plan.repeats(pa.chunked_array([["a", "b"]]), np.zeros(2, np.uint64)) == 0
+
+
+@pytest.mark.parametrize(("before", "after", "share"), [(4, 4, 0), (1, 2, 0.5), (4, 5, 0.5), (5, 4, 0.5), (10, 20, 0.95), (3, 7, 6 / 7)])
+def test_a_number_of_shards_moves_the_rows_that_it_says(before, after, share):
+    hashed = plan.mixed(np.arange(400_000, dtype=np.uint64))
+    assert plan.moved(before, after) == pytest.approx(share)
+    assert (plan.shard_of(hashed, before) != plan.shard_of(hashed, after)).mean() == pytest.approx(plan.moved(before, after), abs=0.005)
+
+
 @pytest.mark.parametrize(
-    "factory", ["Flat", "SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4fs", "IVF16,PQ16x4fs,Refine(SQfp16)", "HNSW16_SQ8", "IVF16,RaBitQ"]
+    ("count", "machines", "copies"), [p for p in itertools.product((1, 4, 33, 100), (1, 4, 9, 33), (1, 2, 3)) if p[2] <= p[1]]
 )
-def test_bytes_a_vector_are_those_of_a_written_index(dim, factory):
-    vectors = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
-    size = len(faiss.serialize_index(shard.make_index(vectors, factory=factory))) / len(vectors)
-    assert plan.bytes_each(dim, factory) == pytest.approx(size, rel=0.1)
+def test_a_machine_more_takes_its_share_and_a_lost_one_leaves_it(count, machines, copies):
+    before = plan.placed(count, machines, copies)
+    after = plan.placed(count, machines + 1, copies, earlier=before)
+    again = plan.placed(count, machines + 1, copies, earlier=np.where(after == 0, -1, after))
+    for made in (before, after, again):
+        assert all(len(set(row)) == copies for row in made.tolist())
+        load = np.bincount(made.ravel(), minlength=machines)
+        assert load.max() <= -(-count * copies // machines) + 2
+    assert (before != after).sum() <= -(-count * copies // (machines + 1))
+    assert (after[before != after] == machines).all() or copies > 1, "what moves goes to the new machine"
+    assert np.array_equal(after, plan.placed(count, machines + 1, copies, earlier=before))
 
 
-@pytest.mark.parametrize("total", [10, 50_000, 50_001, 500_001, 10**7, 10**8, 10**9, 10**10])
-def test_what_is_suggested_can_be_built_and_is_told(total):
-    factory = plan.suggest(total, 128)
-    told = plan.outline(total=total, dim=128, factory=factory, shards=4)
-    assert told.bytes_each > 0
-    assert (told.lists > 0) == (total > 500_000)
-    assert not any("usual" in line for line in told.lines())
-    assert "usual" in plan.outline(total=total, dim=128, factory="SQ4", shards=4).lines()[-1]
-
-
-def test_a_factory_that_faiss_cannot_read_is_refused():
-    with pytest.raises(ValueError, match="FAISS cannot build 'Nonsense'"):
-        plan.outline(total=10, dim=8, factory="Nonsense", shards=1)
+def test_more_copies_than_machines_are_refused():
+    with pytest.raises(ValueError, match="3 copies of a shard need as many machines"):
+        plan.placed(4, 2, 3)

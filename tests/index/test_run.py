@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from idem import manifest, storage
-from index import plan, run, shard, vectors
+from index import plan, run, shard, tasks, vectors
 from index.checking import Asked
 from index.run import IndexConfig
 from index.searcher import Searcher, Shard, exact
@@ -176,7 +176,7 @@ def test_a_killed_builder_costs_its_own_shard_alone(ray_session, indexed, tmp_pa
     trained = shard.prepare(str(tmp_path / "trained.faiss"), uri, "Flat", "")
     source = {"vectors": uri, "items": layout.items, "version": items.version, "folder": str(tmp_path / "out"), "trained": trained}
     work = [shard.Work(number=n, rows=rows, offsets=chosen.offsets[rows], **source) for n, rows in enumerate(parts)]
-    assert run.in_parallel(build_or_die, [(marker, each) for each in work], desc="shard") == [list(shard.names(0)), list(shard.names(1))]
+    assert tasks.in_parallel(build_or_die, [(marker, each) for each in work], desc="shard") == [list(shard.names(0)), list(shard.names(1))]
     assert [Path(f"{marker}-{n}").read_text() for n in (0, 1)] == ["x", "xx"]
     _, matrix = vectors.read(uri)
     asked = {"gallery": Asked(matrix, np.arange(40))}
@@ -186,7 +186,7 @@ def test_a_killed_builder_costs_its_own_shard_alone(ray_session, indexed, tmp_pa
 @pytest.mark.ray
 def test_errors_of_tasks_are_raised_once_together(ray_session):
     with pytest.raises(ValueError, match="2 of 4 failed: number 1: ValueError: no 1; number 3: ValueError: no 3"):
-        run.in_parallel(refuse, [(n,) for n in range(4)], desc="number")
+        tasks.in_parallel(refuse, [(n,) for n in range(4)], desc="number")
 
 
 class Killed(BaseException):
@@ -260,6 +260,48 @@ def test_a_killed_build_keeps_the_shards_that_were_finished(root, without_ray, m
     assert built == [0, 1, 2, 2, 3]
     assert figures["recall@10"] == 1.0
     assert len(Searcher.open(manifest.current(storage.Layout(root).index, kind="index")).item_ids) == 40
+
+
+def test_a_build_killed_between_its_check_and_the_manifest_builds_nothing_again(root, without_ray, monkeypatch):
+    plain, build, built = manifest.Plan.write, shard.build_from, []
+
+    def dies(self, **settings):
+        if self.kind == "index":
+            raise Killed
+        return plain(self, **settings)
+
+    monkeypatch.setattr(shard, "build_from", lambda work: built.append(work.number) or build(work))
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.Plan, "write", dies)
+        with pytest.raises(Killed):
+            run.run(config(root, shards=3, factory="IVF4,Flat", parameters="nprobe=4"))
+    assert run.run(config(root, shards=3, factory="IVF4,Flat", parameters="nprobe=4"))["recall@10"] == 1.0
+    assert built == [0, 1, 2]
+    folder = manifest.current(storage.Layout(root).index, kind="index")
+    assert not Path(folder, run.TRAINED).exists()
+
+
+def test_a_damaged_index_is_built_anew_even_where_its_training_was_left(root, without_ray):
+    again = config(root, shards=2)
+    run.run(again)
+    folder = Path(manifest.current(storage.Layout(root).index, kind="index"))
+    (folder / run.TRAINED).write_bytes(b"of a run that was killed at its very end")
+    cut = folder / "shard-001.faiss"
+    cut.write_bytes(cut.read_bytes()[:100])
+    assert "skipped" not in run.run(again)
+    assert len(Searcher.open(str(folder)).item_ids) == 40
+    (folder / run.TRAINED).write_bytes(b"again")
+    assert run.run(again)["skipped"]
+    assert not (folder / run.TRAINED).exists()
+
+
+def test_finished_shards_outlive_an_embedder_that_cannot_be_loaded_for_the_check(root, without_ray, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "asked_of", lambda *a: (_ for _ in ()).throw(ValueError("no embedder")))
+        with pytest.raises(ValueError, match="no embedder"):
+            run.run(config(root))
+    monkeypatch.setattr(shard, "build_from", lambda work: pytest.fail("the shards were there"))
+    assert run.run(config(root))["recall@10"] == 1.0
 
 
 def test_settings_are_tuned_and_told_and_used(root, without_ray):
