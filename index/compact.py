@@ -38,9 +38,8 @@ def records(put: pa.Table | None, deleted: Sequence[str], versions: dict[str, in
     if put is not None:
         kept = pa.table({name: put[name] for name in ("item_id", *COLUMNS)})  # without the schema: deletions have these columns empty
         if schema.ATTRIBUTES in put.column_names:
-            fields = put[schema.ATTRIBUTES].combine_chunks()
-            for field in fields.type:
-                kept = kept.append_column(field.name, fields.field(field.name))
+            for field in put.schema.field(schema.ATTRIBUTES).type:
+                kept = kept.append_column(field.name, pc.struct_field(put[schema.ATTRIBUTES], field.name))  # null where the struct is
         own = put["version"].to_pylist()
         tables.append(_versioned(kept, own, versions, deleted=False))
     tables.append(_versioned(gone, [None] * len(deleted), versions, deleted=True))
