@@ -21,7 +21,7 @@ JOINED = [
     "IVF8,RaBitQ,Refine(SQ8)",
     "IVF8_HNSW8,SQfp16",
 ]
-APART = ["HNSW8", "HNSW8_SQ8", "OPQ4_16,IVF8,PQ4", "PQ8", "PQ8x4fs"]
+APART = ["HNSW8", "HNSW8_SQ8", "OPQ4_16,IVF8,PQ8x4", "PQ8x4", "PQ8x4fs"]
 
 
 def trained_once(folder, vectors, count, factory, parameters=""):
