@@ -155,13 +155,13 @@ def lancedb_of(vectors: np.ndarray, kind: Any, folder: Path) -> Iterator[list[Co
             found[i, : len(row)] = row
         return found
 
-    plain: list[Setting] = [{"nprobes": n} for n in (8, 32, 128)]
-    refined: list[Setting] = [{"nprobes": n, "refine": f} for n in (8, 32, 128) for f in (4, 10)]
+    plain: list[Setting] = [{"nprobes": n} for n in (16, 64)]
+    refined: list[Setting] = [{"nprobes": n, "refine": 10} for n in (8, 16, 64)]
     stored = 4 * vectors.shape[1]
     try:
         yield [
-            Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search, queries=100),
-            Contender(name=f"lancedb {kind} refined", bytes_each=size + stored, settings=refined, search=search, queries=100),
+            Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search, queries=50),
+            Contender(name=f"lancedb {kind} refined", bytes_each=size + stored, settings=refined, search=search, queries=50),
         ]
     finally:
         pool.shutdown()
