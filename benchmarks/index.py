@@ -6,11 +6,10 @@ filters  one million vectors, of which 50, 5 and 0.5 % are let through
 """
 
 import argparse
+import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,27 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tools import index_data, index_peers
-from benchmarks.tools.curves import Point, rate_at, recall_of
-from benchmarks.tools.index_data import Data
-from benchmarks.tools.index_peers import Contender
-from benchmarks.tools.measuring import Figure, aligned, at_least, at_most, measure, rounded, save, surroundings, table, verdict
+from benchmarks.tools.curves import Point, front, rate_at, recall_of
+from benchmarks.tools.index_data import SETS, Data, factory_of
+from benchmarks.tools.index_peers import REPEATS, curves, seconds_of
+from benchmarks.tools.measuring import (
+    Figure,
+    adopt_orphans,
+    aligned,
+    at_least,
+    at_most,
+    measure,
+    rounded,
+    save,
+    surroundings,
+    table,
+    verdict,
+)
 from idem import job
 
 JOB = "benchmarks.index"
-PARTS, SETS = ("search", "build", "filters"), ("sift", "synthetic", "emoji")
-K, REPEATS, RECALL, SHARDS = 10, 5, 0.95, 4
+PARTS = ("search", "build", "filters")
+K, RECALL, SHARDS = 10, 0.95, 4
 BATCH_BAR, PEER_BAR, BUILD_BAR, MEMORY_BAR, LINEAR_BAR, FILTER_BAR, LATENCY_BAR = 0.9, 0.9, 1.25, 4096.0, 1.15, 0.95, 2.0
 STORES = {"fp16": "Refine(SQfp16)", "sq8": "Refine(SQ8)"}
 PACKAGES = ("faiss-cpu", "numpy", "pylance", "pyarrow", "ray")
@@ -35,84 +46,60 @@ SHARES = (0.5, 0.05, 0.005)
 SINGLE = 200  # queries asked one at a time
 
 
-def factory_of(n: int, dim: int, store: str) -> str:
-    return f"IVF{1 << round(np.log2(max(16, n**0.5)))},PQ{dim // 2}x4fs,{store}"
-
-
-def data_of(name: str, arguments: argparse.Namespace) -> Data:
-    if name == "sift":
-        return index_data.sift(Path(arguments.data) / "sift_vectors")
-    if name == "synthetic":
-        return index_data.synthetic(arguments.rows, 1000)
-    return index_data.emoji(Path(arguments.data) / "emoji", arguments.embedder)
-
-
-def seconds_of(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def curves(contenders: Sequence[Contender], data: Data) -> dict[str, list[Point]]:
-    """Each contender over its settings; those given together take turns."""
-    found: dict[str, list[Point]] = {each.name: [] for each in contenders}
-    asked = data.queries[: min(each.queries for each in contenders)]
-    for settings in zip(*(each.settings for each in contenders), strict=True):
-        pairs = list(zip(contenders, settings, strict=True))
-        recalls = [recall_of(each.search(asked, K, setting), data.exact[: len(asked)]) for each, setting in pairs]
-        times = np.median([[seconds_of(partial(e.search, asked, K, s)) for e, s in pairs] for _ in range(REPEATS)], axis=0)
-        for (each, setting), recall, taken in zip(pairs, recalls, times, strict=True):
-            found[each.name].append(Point(recall, len(asked) / taken, ",".join(f"{k}={v}" for k, v in setting.items())))
-    return found
-
-
-@contextmanager
-def _peers(data: Data, folder: Path) -> Iterator[Iterator[Contender]]:
-    """One after the other, so that one at a time is in memory."""
-
-    def made() -> Iterator[Contender]:
-        yield index_peers.hnswlib_of(data.vectors)
-        for kind in ("f16", "i8"):
-            yield index_peers.usearch_of(data.vectors, kind)
-        for kind in ("IVF_PQ", "IVF_HNSW_SQ"):
-            with index_peers.lancedb_of(data.vectors, kind, folder / kind) as both:
-                yield from both
-
-    yield made()
-
-
-def searched(data: Data, folder: Path, log: Callable[[str], None]) -> tuple[list[Figure], list[dict[str, Any]]]:
-    """The figures of one set, and every point of every contender."""
+def searched(data: Data, folder: Path, lists: str, wanted: Sequence[str]) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """The figures of one set, and every point of every contender. lists: a factory without its refine step, "" for one that fits."""
     n, dim = data.vectors.shape
     points: dict[str, list[Point]] = {}
     sizes: dict[str, float] = {}
     for store, refine in STORES.items():
-        factory = factory_of(n, dim, refine)
-        log(f"{data.name}: {n:,} x {dim}, {factory}")
+        factory = f"{lists},{refine}" if lists else factory_of(n, dim, refine)
+        say(f"{data.name}: {n:,} x {dim}, {factory}")
         built = index_peers.build_sharded(folder / store, data.vectors, factory, SHARDS)
         pair = [index_peers.ours(built, f"ours {store}", factory), index_peers.bare(data.vectors, f"faiss {store}", factory)]
         points |= curves(pair, data)
         sizes |= {each.name: each.bytes_each for each in pair}
-    with _peers(data, folder) as peers:
-        for peer in peers:
-            log(f"{data.name}: {peer.name}, {peer.bytes_each:,.0f} bytes a vector")
-            points |= curves([peer], data)
-            sizes[peer.name] = peer.bytes_each
+    for peer in index_peers.peers(data.vectors, folder, wanted):
+        say(f"{data.name}: {peer.name}, {peer.bytes_each:,.0f} bytes a vector")
+        points |= curves([peer], data)
+        sizes[peer.name] = peer.bytes_each
     rates = {name: rate_at(found, RECALL) for name, found in points.items()}
-    figures = []
-    for store in STORES:
-        mine, twin = f"ours {store}", f"faiss {store}"
-        title = f"{data.name} {store}, queries/s at {RECALL}"
-        figures.append(at_least(Figure(name=title, value=rates[mine], peer=twin, peer_value=rates[twin]), BATCH_BAR))
-        others = [name for name in rates if name.split()[0] not in ("ours", "faiss") and sizes[name] <= sizes[mine] and rates[name]]
-        if others:
-            best = max(others, key=lambda name: rates[name])
-            figures.append(at_least(Figure(name=title, value=rates[mine], peer=best, peer_value=rates[best]), PEER_BAR))
     told = [
         {"set": data.name, "contender": name, "bytes": round(sizes[name], 1), "at": round(rates[name]), "points": list(map(_said, found))}
         for name, found in points.items()
     ]
-    return figures, told
+    return compare(data.name, rates, sizes), [{**each, "vectors": n, "dim": dim, "made": data.made} for each in told]
+
+
+def compare(name: str, rates: Mapping[str, float], sizes: Mapping[str, float]) -> list[Figure]:
+    """Ours beside bare FAISS, and beside the fastest peer of no more bytes that reaches the recall; without one there is no such figure."""
+    figures = []
+    for store in STORES:
+        mine, twin = f"ours {store}", f"faiss {store}"
+        title = f"{name} {store}, queries/s at {RECALL}"
+        figures.append(at_least(Figure(name=title, value=rates[mine], peer=twin, peer_value=rates[twin]), BATCH_BAR))
+        others = [each for each in rates if each.startswith(index_peers.LIBRARIES) and sizes[each] <= sizes[mine] and rates[each]]
+        if others:
+            best = max(others, key=lambda each: rates[each])
+            figures.append(at_least(Figure(name=title, value=rates[mine], peer=best, peer_value=rates[best]), PEER_BAR))
+    return figures
+
+
+def picture(told: Sequence[dict[str, Any]], path: Path) -> None:
+    """Recall against queries a second, the front of each contender of one set."""
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(9, 6), layout="constrained")
+    axes = drawing.subplots()
+    for each in told:
+        best = front([Point(point["recall"], point["rate"]) for point in each["points"]])
+        label = f"{each['contender']} ({each['bytes']:,.0f} B)"
+        axes.plot([p.recall for p in best], [p.rate for p in best], "o-" if each["contender"].startswith("ours") else ".--", label=label)
+    axes.axvline(RECALL, color="grey", linewidth=0.5)
+    title = f"{told[0]['set']}: {told[0]['vectors']:,} x {told[0]['dim']}, {index_peers.THREADS} threads"
+    axes.set(yscale="log", xlabel=f"recall@{K}", ylabel="queries/s", xlim=(0.5, 1.005), title=title)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=120)
 
 
 def _said(point: Point) -> dict[str, Any]:
@@ -122,9 +109,14 @@ def _said(point: Point) -> dict[str, Any]:
 def search(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     figures: list[Figure] = []
     told: list[dict[str, Any]] = []
+    keep = Path(arguments.keep)
     for name in arguments.sets:
+        own = {"embedder": arguments.embedder, "embeddings": arguments.embeddings}
+        data = index_data.named(name, Path(arguments.data), rows=arguments.rows, queries=arguments.queries, **own)
         with tempfile.TemporaryDirectory() as folder:
-            made, points = searched(data_of(name, arguments), Path(folder), say)
+            made, points = searched(data, Path(folder), arguments.factory, arguments.peers)
+        picture(points, keep / f"search-{name}.png")
+        (keep / f"search-{name}.json").write_text(json.dumps(points, indent=1) + "\n")
         figures += made
         told += points
     rows = [(each["set"], each["contender"], f"{each['bytes']:,.0f}", f"{each['at']:,}" if each["at"] else "-") for each in told]
@@ -134,13 +126,14 @@ def search(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]
 
 def build(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """The largest number of `--builds` has the bars of time and memory, the smallest that of growing in proportion."""
+    adopt_orphans()
     runs, keep = [], Path(arguments.keep)
     module = "benchmarks.tools.index_build"
     for rows in arguments.builds:
         root = str((keep / f"build-{rows}").absolute())
         mb = rows * index_data.DIM * 4 / 1e6
         for kind in ("data", "ours", "faiss"):
-            words = [module, kind, root, str(rows), arguments.factory]
+            words = [module, kind, root, str(rows), arguments.build_factory]
             made = measure(kind, words, rows=rows, mb=mb, counts=("rows",), logs=keep / f"{kind}-{rows}")
             runs += [made] if kind != "data" else []
     of = {(run.contender, run.rows): run for run in runs}
@@ -165,7 +158,7 @@ def build(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
 
 
 def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    data = index_data.synthetic(arguments.rows, 1000)
+    data = index_data.synthetic(arguments.rows, arguments.queries)
     drawn = np.random.default_rng(2).random(len(data.vectors))
     names = [f"below {share}" for share in SHARES]
     categories = np.select([drawn < share for share in SHARES[::-1]], names[::-1], default="others")
@@ -192,8 +185,8 @@ def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
 
 
 def _alone(searcher: Any, queries: np.ndarray, where: Any) -> float:
-    """Median milliseconds of a query that is asked alone."""
-    return float(np.median([seconds_of(lambda q=q: searcher.search(q[None], K, where=where)) for q in queries[:SINGLE]]) * 1e3)
+    """Median milliseconds of a query that is asked alone. What is known of the hits is not looked up: it costs both the same."""
+    return float(np.median([seconds_of(lambda q=q: searcher.find(q[None], K, where=where)) for q in queries[:SINGLE]]) * 1e3)
 
 
 def say(text: str) -> None:
@@ -208,10 +201,10 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         figures, told = figures + made, told | more
     say(table([], figures))
     known = [rounded({**asdict(figure), "ratio": figure.ratio}) for figure in figures]
-    result = {"figures": known, "holds": verdict(figures)}
-    if arguments.save:
-        result["saved"] = save("index", {**surroundings(JOB, PACKAGES), **result, **told})
-    return result
+    libraries = [each for each in index_peers.LIBRARIES if any(peer.startswith(each) for peer in arguments.peers)]
+    searching = libraries if "search" in arguments.parts else []
+    result = {"figures": known, "holds": verdict(figures), **surroundings(JOB, [*PACKAGES, *searching])}
+    return {**result, "saved": save("index", {**result, **told})} if arguments.save else result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,11 +212,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--rows", type=int, default=1_000_000, help="vectors of the synthetic set")
+    parser.add_argument("--queries", type=int, default=1000, help="of each set")
     parser.add_argument("--builds", type=int, nargs="+", default=[1_000_000, 5_000_000], help="vectors of the builds")
-    parser.add_argument("--factory", default="IVF4096,PQ64x4fs,Refine(SQfp16)", help="of the builds")
+    parser.add_argument("--peers", nargs="*", choices=index_peers.PEERS, default=list(index_peers.PEERS), help="beside bare FAISS")
+    parser.add_argument("--factory", default="", help="of the search, without its refine step, e.g. IVF2048,PQ64x4fs; by each set's size")
+    parser.add_argument("--build-factory", default="IVF4096,PQ64x4fs,Refine(SQfp16)", help="of the builds")
     parser.add_argument("--data", default="../shared/data", help="folder of the public sets")
     parser.add_argument("--embedder", default="", help="folder of an embedder for the emoji; without one, random weights encode them")
-    parser.add_argument("--keep", default="out/bench-index", help="folder that keeps the vectors of the builds, for the next time")
+    parser.add_argument("--embeddings", default="", help="an .npy (n, dim) in place of encoding the emoji")
+    parser.add_argument("--keep", default="out/bench-index", help="folder for the curves and their pictures, and the vectors of the builds")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/index_<cores>cpu_<date>.json as well")
     arguments = parser.parse_args(argv)
     return job.guarded(JOB, lambda: bench(arguments))

@@ -21,7 +21,7 @@ from idem.config import Table
 from index import plan, shard, tuning, vectors
 from index.checking import Asked, AsServed, Yardstick, in_one_shard, require
 from index.searcher import Shard
-from index.shard import META_COLUMNS, as_matrix
+from index.shard import as_matrix
 from index.tasks import in_parallel
 from pipelines.items import Items, open_items
 
@@ -112,8 +112,8 @@ def check(folder: str, order: Sequence[np.ndarray], dataset: lance.LanceDataset,
 
     order: for each shard the rows of `dataset` in it. ValueError unless every item is in exactly one of them.
     """
-    # Without what is only filtered by; the rest is read wherever two items are equally near.
-    searcher = AsServed.of([Shard.read(folder, number, columns=META_COLUMNS) for number in range(len(order))])
+    # Of the items their ids alone, which decide between two that are equally near.
+    searcher = AsServed.of([Shard.read(folder, number, columns=["item_id"]) for number in range(len(order))])
     indexed = pa.chunked_array([chunk for each in searcher.shards for chunk in each.meta["item_id"].chunks], pa.string())
     in_one_shard(indexed, dataset.to_table(["item_id"])["item_id"])
     yardstick = Yardstick.of(asked, dataset, np.concatenate(order))

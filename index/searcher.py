@@ -261,16 +261,16 @@ class Searcher:
         tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0))[:, :k].any(axis=1)
         for query in np.flatnonzero(tied):
             known = np.flatnonzero(scores[query] >= max(scores[query, k - 1], np.finfo(np.float32).min))
-            ids = self.meta(rows[query, known])["item_id"].to_pylist()
+            ids = self.meta(rows[query, known], ["item_id"])["item_id"].to_pylist()
             rows[query, known] = rows[query, known][sorted(range(len(known)), key=lambda i: (-scores[query, i], ids[i]))]
         return scores[:, :k], rows[:, :k]
 
-    def meta(self, positions: np.ndarray) -> pa.Table:
-        """META_COLUMNS of items by their positions (m,) in `item_ids`, in that order."""
+    def meta(self, positions: np.ndarray, columns: Sequence[str] = META_COLUMNS) -> pa.Table:
+        """What is known of items by their positions (m,) in `item_ids`, in that order."""
         shard_of = np.searchsorted(self.starts, positions, side="right") - 1
         by_shard = np.argsort(shard_of, kind="stable")
         parts = [
-            shard.meta.select(META_COLUMNS).take(pa.array(positions[by_shard][shard_of[by_shard] == number] - start))
+            shard.meta.select(list(columns)).take(pa.array(positions[by_shard][shard_of[by_shard] == number] - start))
             for number, (shard, start) in enumerate(zip(self.shards, self.starts[:-1], strict=True))
         ]
         return pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(by_shard)))

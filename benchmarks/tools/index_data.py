@@ -15,22 +15,25 @@ from index import vectors
 from pipelines.table import ID_KEY
 from pipelines.table import ITEMS as DATASET
 
+SETS = ("sift", "synthetic", "emoji")
 DIM, BLOCK = 128, 65_536
 CENTRES, NOISE, NEAR = 10_000, 0.7, 0.03
+MADE = f"{CENTRES:,} Gaussian centres, noise {NOISE}; queries are members with noise {NEAR}"
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """vectors (n, dim), queries (q, dim), exact (q, k): rows of the nearest by cosine, best first."""
+    """vectors (n, dim), queries (q, dim), exact (q, k): rows of the nearest by cosine, best first; made: of what, for the record."""
 
     name: str
     vectors: np.ndarray
     queries: np.ndarray
     exact: np.ndarray
+    made: str
 
     @classmethod
-    def of(cls, name: str, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> "Data":
-        return cls(name, vectors, queries, exact(queries, vectors, k))
+    def of(cls, name: str, vectors: np.ndarray, queries: np.ndarray, made: str, k: int = 10) -> "Data":
+        return cls(name, vectors, queries, exact(queries, vectors, k), made)
 
 
 def exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
@@ -55,12 +58,12 @@ def clustered(n: int, seed: int = 0) -> Iterator[np.ndarray]:
 def synthetic(n: int, queries: int) -> Data:
     vectors, rng = np.concatenate(list(clustered(n))), np.random.default_rng(1)
     noise = NEAR * rng.standard_normal((queries, DIM), dtype=np.float32)
-    return Data.of("synthetic", vectors, unit(vectors[rng.integers(n, size=queries)] + noise))
+    return Data.of("synthetic", vectors, unit(vectors[rng.integers(n, size=queries)] + noise), MADE)
 
 
 def sift(folder: Path) -> Data:
     """The descriptors of photos in `folder`, by cosine."""
-    return Data.of("sift", unit(np.load(folder / "base.npy")), unit(np.load(folder / "queries.npy")))
+    return Data.of("sift", unit(np.load(folder / "base.npy")), unit(np.load(folder / "queries.npy")), "descriptors of photos, by cosine")
 
 
 def emoji(folder: Path, embedder: str, queries: int = 1000) -> Data:
@@ -72,10 +75,33 @@ def emoji(folder: Path, embedder: str, queries: int = 1000) -> Data:
 
     pictures = pq.read_table(folder / "images.parquet", columns=["image"])["image"].to_pylist()
     encoder = Embedder.load(embedder) if embedder else Embedder(Compact(CompactConfig()))
-    vectors = encoder.encode(pictures, None, progress="emoji")
+    made_by = "a trained embedder" if embedder else "an UNTRAINED compact backbone: their neighbours mean little"
+    return of_embeddings(encoder.encode(pictures, None), queries, f"pictures by {made_by}")
+
+
+def of_embeddings(vectors: np.ndarray, queries: int, made: str) -> Data:
+    """Every so many of `vectors` (n, dim) ask for the others."""
+    if vectors.ndim != 2 or len(vectors) <= queries:
+        raise ValueError(f"embeddings must be (n, dim) with n above {queries}, as so many of them ask; found {vectors.shape}")
     asking = np.zeros(len(vectors), bool)
     asking[:: len(vectors) // queries] = True
-    return Data.of("emoji", unit(vectors[~asking]), unit(vectors[asking]))
+    return Data.of("emoji", unit(vectors[~asking]), unit(vectors[asking]), made)
+
+
+def named(name: str, folder: Path, *, rows: int, queries: int, embedder: str = "", embeddings: str = "") -> Data:
+    """One of SETS; folder: of the public sets; rows: of the synthetic one; embedder, embeddings: of the emoji."""
+    if name == "sift":
+        return sift(folder / "sift_vectors")
+    if name == "synthetic":
+        return synthetic(rows, queries)
+    if embeddings:
+        return of_embeddings(np.load(embeddings), queries, f"as given in {Path(embeddings).name}")
+    return emoji(folder / "emoji", embedder, queries)
+
+
+def factory_of(n: int, dim: int, store: str) -> str:
+    """What we would choose for so many vectors."""
+    return f"IVF{1 << round(np.log2(max(16, n**0.5)))},PQ{dim // 2}x4fs,{store}"
 
 
 def fill(root: str, n: int) -> None:

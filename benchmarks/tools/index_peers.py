@@ -1,13 +1,14 @@
 """What the sharded index is measured against: bare FAISS, hnswlib, usearch and LanceDB's own indexes, each behind one small interface.
 
+Settings begin so low that a recall of .95 lies between two of them: below the first, its rate would stand for a faster one.
 Every contender is built from all vectors, searches a batch on THREADS threads, and says how many bytes a vector it keeps.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,26 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.tools.curves import Point, recall_of
+from benchmarks.tools.index_data import Data
 from idem import manifest
-from index import plan, shard
+from index import kinds, plan, shard
 from index.searcher import Searcher
 
 THREADS = 2
-NPROBES, FACTORS, EFS = (4, 8, 16, 32, 64, 128, 256), (2, 4, 10, 20), (16, 32, 64, 128, 256, 512)
+NPROBES, FACTORS, EFS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (2, 4, 10, 20), (10, 16, 32, 64, 128, 256, 512)
+M, EF_CONSTRUCTION = 16, 100  # of every graph
+PEERS = ("hnswlib", "usearch f32", "usearch f16", "usearch i8", "lancedb IVF_PQ", "lancedb IVF_SQ", "lancedb IVF_HNSW_SQ")
+LIBRARIES = ("hnswlib", "usearch", "lancedb")
+REFINED = ((4, 2), (8, 2), (32, 2), (8, 10), (32, 10), (128, 10))  # nprobes and refine_factor of LanceDB
+REPEATS = 5
 Setting = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """search(queries (q, dim), k, setting) -> rows (q, k); bytes_each: of what is searched, a vector; queries: the most it is asked,
-    where it is asked one by one and takes long."""
+    where it takes long."""
 
     name: str
     bytes_each: float
@@ -45,8 +53,10 @@ class Sharded(Contender):
 
 
 def _lists(factory: str) -> list[Setting]:
-    refined = "Refine" in factory or "RFlat" in factory
-    return [{"nprobe": n, **({"k_factor_rf": f} if refined else {})} for n in NPROBES for f in (FACTORS if refined else FACTORS[:1])]
+    """The same for ours and bare FAISS. Both probe no more lists than there are."""
+    refined, lists = "Refine" in factory or "RFlat" in factory, kinds.lists_of(factory)
+    probed = sorted({min(n, lists) for n in NPROBES})
+    return [{"nprobe": n, **({"k_factor_rf": f} if refined else {})} for n in probed for f in (FACTORS if refined else FACTORS[:1])]
 
 
 def _written(setting: Setting) -> str:
@@ -102,7 +112,7 @@ def hnswlib_of(vectors: np.ndarray) -> Contender:
     import hnswlib  # pyright: ignore[reportMissingImports]
 
     index = hnswlib.Index("ip", vectors.shape[1])
-    index.init_index(len(vectors), ef_construction=100, M=16)
+    index.init_index(len(vectors), ef_construction=EF_CONSTRUCTION, M=M)
     index.add_items(vectors, num_threads=THREADS)
 
     def search(queries: np.ndarray, k: int, setting: Setting) -> np.ndarray:
@@ -116,52 +126,94 @@ def hnswlib_of(vectors: np.ndarray) -> Contender:
 
 
 def usearch_of(vectors: np.ndarray, kind: str) -> Contender:
+    """i8 is handed whole numbers that fill its range: those that usearch makes of unit vectors use a part of it, and find fewer."""
     from usearch.index import Index  # pyright: ignore[reportMissingImports]
 
-    index: Any = Index(ndim=vectors.shape[1], metric="cos", dtype=kind, connectivity=16, expansion_add=100)
-    index.add(np.arange(len(vectors)), vectors, threads=THREADS)
+    scale = 127 / np.abs(vectors).max()
+
+    def as_kind(some: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(some * scale), -127, 127).astype(np.int8) if kind == "i8" else some
+
+    index: Any = Index(ndim=vectors.shape[1], metric="cos", dtype=kind, connectivity=M, expansion_add=EF_CONSTRUCTION)
+    index.add(np.arange(len(vectors)), as_kind(vectors), threads=THREADS)
 
     def search(queries: np.ndarray, k: int, setting: Setting) -> np.ndarray:
         index.expansion_search = setting["ef"]
-        return index.search(queries, k, threads=THREADS).keys.astype(np.int64)
+        return index.search(as_kind(queries), k, threads=THREADS).keys.astype(np.int64)
 
     size = index.serialized_length / len(vectors)
     return Contender(name=f"usearch {kind}", bytes_each=size, settings=[{"ef": ef} for ef in EFS], search=search)
 
 
-@contextmanager
-def lancedb_of(vectors: np.ndarray, kind: Any, folder: Path) -> Iterator[list[Contender]]:
-    """Its index alone, and refined from the stored vectors, which count then. One query at a time on each thread, as it has no batches."""
-    import lancedb  # pyright: ignore[reportMissingImports]
+def in_rows(asked_by: np.ndarray, found: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """One list of hits, best first, and the query of each -> rows `shape` (q, k), -1 where a query has fewer."""
+    order = np.argsort(asked_by, kind="stable")
+    query, rows = asked_by[order], np.full(shape, -1)
+    rows[query, np.arange(len(query)) - np.searchsorted(query, query)] = found[order]
+    return rows
 
-    array = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    rows = pa.table({"id": np.arange(len(vectors)), "vector": array})
-    table = lancedb.connect(str(folder)).create_table(kind.lower(), rows, mode="overwrite")
-    settings: dict[str, Any] = {"num_partitions": max(16, round(len(vectors) ** 0.5))}
-    if kind == "IVF_PQ":
-        settings["num_sub_vectors"] = vectors.shape[1] // 4
-    table.create_index(metric="cosine", vector_column_name="vector", index_type=kind, **settings)
-    size = sum(path.stat().st_size for path in folder.rglob("_indices/**/*") if path.is_file()) / len(vectors)
-    pool = ThreadPoolExecutor(THREADS)
+
+def lancedb_of(vectors: np.ndarray, kind: str, folder: Path) -> list[Contender]:
+    """Its index alone, and refined from the stored vectors, which count then. It takes a batch in one call, on all cores of the machine."""
+    import lancedb  # pyright: ignore[reportMissingImports]
+    from lancedb.index import HnswSq, IvfPq, IvfSq  # pyright: ignore[reportMissingImports]
+
+    n, dim = vectors.shape
+    lists = max(16, round(n**0.5))
+    configs: Mapping[str, Callable[[], Any]] = {
+        "IVF_PQ": lambda: IvfPq(distance_type="cosine", num_partitions=lists, num_sub_vectors=dim // 2),
+        "IVF_SQ": lambda: IvfSq(distance_type="cosine", num_partitions=lists),
+        "IVF_HNSW_SQ": lambda: HnswSq(distance_type="cosine", m=M, ef_construction=EF_CONSTRUCTION),
+    }
+    rows = pa.table({"id": np.arange(n), "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)})
+    table: Any = lancedb.connect(str(folder)).create_table(kind.lower(), rows, mode="overwrite")
+    table.create_index("vector", config=configs[kind]())
+    size = sum(path.stat().st_size for path in folder.rglob("_indices/**/*") if path.is_file()) / n
 
     def search(queries: np.ndarray, k: int, setting: Setting) -> np.ndarray:
-        def one(query: np.ndarray) -> list[int]:
-            asked = table.search(query).metric("cosine").nprobes(setting["nprobes"]).limit(k).select(["id", "_distance"])
-            asked = asked.refine_factor(setting["refine"]) if "refine" in setting else asked
-            return asked.to_arrow()["id"].to_pylist()
+        asked = table.search(list(queries)).distance_type("cosine").limit(k).select(["id", "_distance"])
+        for name, value in setting.items():
+            asked = getattr(asked, name)(value)
+        found = asked.to_arrow()
+        return in_rows(found["query_index"].to_numpy(), found["id"].to_numpy(), (len(queries), k))
 
-        found = np.full((len(queries), k), -1)
-        for i, row in enumerate(pool.map(one, queries)):
-            found[i, : len(row)] = row
-        return found
+    # A graph must be walked for as many as are refined.
+    knob, values, few = ("ef", EFS, ((32, 2), (64, 2), (128, 10), (256, 10))) if "HNSW" in kind else ("nprobes", NPROBES, REFINED)
+    plain: list[Setting] = [{knob: value} for value in values]
+    refined: list[Setting] = [{knob: value, "refine_factor": factor} for value, factor in few]
+    return [
+        Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search),
+        Contender(name=f"lancedb {kind} refined", bytes_each=size + 4 * dim, settings=refined, search=search, queries=200),
+    ]
 
-    plain: list[Setting] = [{"nprobes": n} for n in (16, 64)]
-    refined: list[Setting] = [{"nprobes": n, "refine": 10} for n in (8, 16, 64)]
-    stored = 4 * vectors.shape[1]
-    try:
-        yield [
-            Contender(name=f"lancedb {kind}", bytes_each=size, settings=plain, search=search, queries=50),
-            Contender(name=f"lancedb {kind} refined", bytes_each=size + stored, settings=refined, search=search, queries=50),
-        ]
-    finally:
-        pool.shutdown()
+
+def peers(vectors: np.ndarray, folder: Path, wanted: Sequence[str] = PEERS) -> Iterator[Contender]:
+    """Those of `wanted`, each made when its turn comes."""
+    for name in wanted:
+        library, _, kind = name.partition(" ")
+        if library == "hnswlib":
+            yield hnswlib_of(vectors)
+        elif library == "usearch":
+            yield usearch_of(vectors, kind)
+        else:
+            yield from lancedb_of(vectors, kind, folder / kind)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def curves(contenders: Sequence[Contender], data: Data) -> dict[str, list[Point]]:
+    """Each contender over its settings; those given together take turns."""
+    found: dict[str, list[Point]] = {each.name: [] for each in contenders}
+    k = data.exact.shape[1]
+    asked = data.queries[: min(each.queries for each in contenders)]
+    for settings in zip(*(each.settings for each in contenders), strict=True):
+        pairs = list(zip(contenders, settings, strict=True))
+        recalls = [recall_of(each.search(asked, k, setting), data.exact[: len(asked)]) for each, setting in pairs]
+        times = np.median([[seconds_of(partial(e.search, asked, k, s)) for e, s in pairs] for _ in range(REPEATS)], axis=0)
+        for (each, setting), recall, taken in zip(pairs, recalls, times, strict=True):
+            found[each.name].append(Point(recall, len(asked) / taken, ",".join(f"{k}={v}" for k, v in setting.items())))
+    return found

@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.index import compare
 from benchmarks.tools.curves import Point, front, rate_at, recall_of
 
 PROJECT = Path(__file__).parents[2]
@@ -29,12 +31,45 @@ def test_recall_is_the_share_that_is_found():
     assert recall_of(np.array([[1, 2], [3, -1]]), np.array([[2, 5], [3, 4]])) == 0.5
 
 
-def test_filters_in_small():
-    settings = ["--parts", "filters", "--rows", "20000"]
-    said = subprocess.run([sys.executable, "-m", "benchmarks.index", *settings], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+def told_by(folder: Path, *settings: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "benchmarks.index", "--keep", str(folder), *settings]
+    said = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     told = json.loads(said.stdout.splitlines()[-1])
     assert told["ok"], said.stderr
+    return told
+
+
+def test_filters_in_small(tmp_path: Path):
+    told = told_by(tmp_path, "--parts", "filters", "--rows", "20000")
     assert [figure["name"] for figure in told["figures"]][::2] == [f"filter of {share}, recall@10" for share in ("50.0%", "5.0%", "0.5%")]
     half, *few = [figure["value"] for figure in told["figures"][::2]]
     assert half > 0.5, "two vectors a centre are too hard for lists"
     assert min(few) > 0.99, "these are compared one by one"
+
+
+def test_search_in_small_without_peers(tmp_path: Path):
+    told = told_by(
+        tmp_path, "--parts", "search", "--sets", "synthetic", "--rows", "5000", "--queries", "100", "--factory", "IVF16,PQ64x4fs", "--peers"
+    )
+    names = [f"synthetic {store}, queries/s at 0.95" for store in ("fp16", "sq8")]
+    assert [(figure["name"], figure["peer"]) for figure in told["figures"]] == list(zip(names, ("faiss fp16", "faiss sq8"), strict=True))
+    assert all(figure["value"] > 0 and figure["peer_value"] > 0 for figure in told["figures"])
+    assert (tmp_path / "search-synthetic.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_build_in_small(tmp_path: Path):
+    told = told_by(tmp_path, "--parts", "build", "--builds", "5000", "--build-factory", "IVF16,PQ64x4fs,Refine(SQfp16)")
+    assert [(figure["name"], figure["bar"]) for figure in told["figures"]] == [
+        ("build of 0.005M, seconds", "<= 1.25"),
+        ("build of 0.005M, peak MiB", "<= 1.0"),
+    ]
+
+
+def test_the_peer_is_the_fastest_of_those_that_are_as_small_and_reach_the_recall():
+    rates = {"ours fp16": 100.0, "faiss fp16": 100.0, "ours sq8": 50.0, "faiss sq8": 80.0, "hnswlib": 900.0, "usearch i8": 90.0}
+    sizes = {"ours fp16": 300.0, "faiss fp16": 299.0, "ours sq8": 170.0, "faiss sq8": 169.0, "hnswlib": 660.0, "usearch i8": 270.0}
+    rates |= {"lancedb IVF_PQ": 0.0, "usearch f16": 40.0}
+    sizes |= {"lancedb IVF_PQ": 70.0, "usearch f16": 300.0}
+    figures = compare("set", rates, sizes)
+    assert [(figure.peer, figure.holds) for figure in figures] == [("faiss fp16", True), ("usearch i8", True), ("faiss sq8", False)]
