@@ -128,12 +128,11 @@ def build(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     """The largest number of `--builds` has the bars of time and memory, the smallest that of growing in proportion."""
     adopt_orphans()
     runs, keep = [], Path(arguments.keep)
-    module = "benchmarks.tools.index_build"
     for rows in arguments.builds:
         root = str((keep / f"build-{rows}").absolute())
         mb = rows * index_data.DIM * 4 / 1e6
         for kind in ("data", "ours", "faiss"):
-            words = [module, kind, root, str(rows), arguments.build_factory]
+            words = ["benchmarks.tools.index_build", kind, root, str(rows), arguments.build_factory]
             made = measure(kind, words, rows=rows, mb=mb, counts=("rows",), logs=keep / f"{kind}-{rows}")
             runs += [made] if kind != "data" else []
     of = {(run.contender, run.rows): run for run in runs}
