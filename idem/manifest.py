@@ -84,7 +84,7 @@ def write(
         inputs=dict(inputs),
         figures=dict(figures),
         files={name: checksum(storage.join(folder, name)) for name in files},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="microseconds"),
     )
     storage.write_bytes(storage.join(folder, NAME), manifest.model_dump_json(indent=2).encode())
     return manifest

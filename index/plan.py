@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from index.sizes import EVEN
 from index.sizes import outline as outline  # what a job says before its work
 
-GALLERY_COLUMNS = ["item_id", "product_id", "role", "split", "id_split"]
+NAMES = ["item_id", "product_id"]
+GALLERY_COLUMNS = [*NAMES, "role", "split", "id_split"]
 PER_PRODUCT = 5
 BLOCK = 1 << 20  # ids that are hashed at a time
 
@@ -27,13 +28,20 @@ def _first_of_each(table: pa.Table, rows: np.ndarray, limit: int) -> np.ndarray:
     """At most `limit` of `rows` per product, the smallest item_ids; ascending. 0 is no limit."""
     if not limit or not len(rows):
         return rows
-    large = {name: table[name].cast(pa.large_string()) for name in ("product_id", "item_id")}  # a string array ends at 2 GiB
-    chosen = pa.table(large).take(pa.array(rows))
+    chosen = names_at(table, rows)
     order = pc.sort_indices(chosen, sort_keys=[("product_id", "ascending"), ("item_id", "ascending")]).to_numpy()
     products = chosen["product_id"].combine_chunks().dictionary_encode().indices.to_numpy()[order]
     starts = np.flatnonzero(np.r_[True, products[1:] != products[:-1]])
     rank = np.arange(len(products)) - np.repeat(starts, np.diff(np.r_[starts, len(products)]))
     return np.sort(rows[order[rank < limit]])
+
+
+def names_at(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """NAMES of `rows` (n,), positions in `table`, ascending."""
+    if len(rows) == table.num_rows:
+        return table.select(NAMES)
+    # Arrow puts together what it takes of, and one array of strings ends at 2 GiB.
+    return pa.table({name: table[name].cast(pa.large_string()) for name in NAMES}).take(pa.array(rows))
 
 
 def _rows(mask: pa.ChunkedArray) -> np.ndarray:
@@ -48,7 +56,7 @@ def _both_splits(table: pa.Table) -> bool:
 
 
 def choose_gallery(table: pa.Table, *, filter_was_given: bool, per_product: int) -> Gallery:
-    """Rows of `table` (GALLERY_COLUMNS) that are indexed, at most `per_product` of a product, the smallest item_ids first.
+    """Rows of `table` (GALLERY_COLUMNS, or NAMES where a filter was given) that are indexed, at most `per_product` of a product, the smallest item_ids first.
 
     Where the caller has filtered the table, all of it is the gallery and 0 means no limit. Otherwise the first rule that
     applies: the rows with role `catalog`; where products never trained on have rows of split train and of split test,
@@ -102,6 +110,13 @@ def mixed(numbers: np.ndarray) -> np.ndarray:
     made *= np.uint64(0x94D049BB133111EB)
     made ^= made >> np.uint64(31)
     return made
+
+
+def distinct(ids: pa.ChunkedArray) -> int:
+    """How many different ones there are of `ids` (n,), by their hashes: one in 2^64 pairs is taken for the same. Counting the ids
+    themselves takes ten times the memory."""
+    known = np.sort(hashes(ids))
+    return int(np.count_nonzero(known[1:] != known[:-1])) + min(1, len(known))
 
 
 def shard_of(hashed: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import lance
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from idem import cluster, job, manifest, storage
@@ -60,26 +59,22 @@ class Chosen:
 
 def choose(items: Items, gallery: str, per_product: int) -> Chosen:
     """Apply the filter or the automatic rule to the items at hand. ValueError for a filter that Lance cannot read."""
-    table = items.table(plan.GALLERY_COLUMNS)
-    positions = np.arange(table.num_rows)
-    if gallery:
-        try:
-            kept = items.table(["item_id"], gallery)
-        except ValueError as error:
-            raise ValueError(f"the filter gallery = {gallery!r} cannot be applied to the items: {error}") from error
-        if kept.num_rows < table.num_rows:
-            positions = np.flatnonzero(pc.is_in(table["item_id"], value_set=kept["item_id"].combine_chunks()).to_numpy())
-    allowed = table if len(positions) == table.num_rows else table.take(pa.array(positions))
+    try:
+        allowed = items.table(plan.NAMES if gallery else plan.GALLERY_COLUMNS, gallery or None)
+        positions = items.positions(gallery) if gallery else np.arange(allowed.num_rows)
+    except ValueError as error:
+        raise ValueError(f"the filter gallery = {gallery!r} cannot be applied to the items: {error}") from error
     chosen = plan.choose_gallery(allowed, filter_was_given=bool(gallery), per_product=per_product)
-    offsets = positions[chosen.rows]
-    rows = table if len(offsets) == table.num_rows else table.take(pa.array(offsets))
+    offsets, names = positions[chosen.rows], plan.names_at(allowed, chosen.rows)
+    products = plan.distinct(names["product_id"])
+    everything = len(offsets) == items.count()
     figures = {
         "gallery": len(offsets),
-        "products": pc.count_distinct(rows["product_id"]).as_py(),
-        "products_of_all_items": pc.count_distinct(table["product_id"]).as_py(),
+        "products": products,
+        "products_of_all_items": products if everything else plan.distinct(items.table(["product_id"])["product_id"]),
         "rule": chosen.rule,
     }
-    return Chosen(offsets, rows["item_id"], figures)
+    return Chosen(offsets, names["item_id"], figures)
 
 
 def _some(rows: np.ndarray) -> np.ndarray:

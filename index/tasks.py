@@ -13,7 +13,7 @@ def in_parallel(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], 
 
     What failed is raised once, all of it together, when every task has ended: ValueError.
     """
-    remote = ray.remote(num_cpus=1, max_retries=3)(_captured)
+    remote = ray.remote(num_cpus=1, max_retries=3, max_calls=1)(_captured)  # an idle worker would keep the memory of its last task
     waiting = [remote.remote(task, each) for each in arguments]
     number = {ref: i for i, ref in enumerate(waiting)}
     results: list[tuple[Any, str]] = [(None, "not run")] * len(waiting)

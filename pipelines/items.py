@@ -72,6 +72,17 @@ class Items:
         except (ValueError, OSError) as error:  # which of the two a bad filter gives depends on what is wrong with it
             raise ValueError(f"cannot read the items where {filter}: {error}") from error
 
+    def positions(self, filter: str) -> np.ndarray:
+        """(n,) ascending: where the rows that pass `filter` are in the scan of all; what `take_rows` takes."""
+        try:
+            every, passed = (
+                self.dataset.scanner(columns=[], filter=each, with_row_address=True, scan_in_order=True).to_table()[ADDRESS].to_numpy()
+                for each in (None, filter)
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read the items where {filter}: {error}") from error
+        return np.flatnonzero(np.isin(every, passed, assume_unique=True))
+
     def batches(
         self, columns: Sequence[str], filter: str | None = None, *, batch_size: int = 1024, shard: tuple[int, int] = (0, 1)
     ) -> Iterator[Batch]:

@@ -71,6 +71,11 @@ def test_limit_agrees_with_the_obvious_loop():
         assert (np.diff(gallery.rows) > 0).all()
 
 
+@pytest.mark.parametrize("ids", [[], ["a"], ["a", "a"], ["b", "a", "b", "", "c"], [f"i{n % 700}" for n in range(2000)]])
+def test_distinct_ids_are_counted_as_a_set_has_them(ids):
+    assert plan.distinct(pa.chunked_array([pa.array(ids[:3], pa.string()), pa.array(ids[3:], pa.string())])) == len(set(ids))
+
+
 @pytest.mark.parametrize(("items", "count"), [p for p in itertools.product((1, 2, 5, 17, 100), (1, 2, 3, 7, 17)) if p[1] <= p[0]])
 def test_every_item_is_in_exactly_one_shard_of_balanced_size(items, count):
     item_ids = [f"i{i}" for i in range(items)]

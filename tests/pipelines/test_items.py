@@ -132,6 +132,15 @@ def test_shards_are_all_rows_once(gaps: Items, of: int, few: bool) -> None:
     assert with_pictures.images() == [None if k % 3 == 0 else b"%d" % k for k in with_pictures.table["source_row"].to_pylist()]
 
 
+@pytest.mark.parametrize("passed", ["source_row % 3 = 1", "source_row < 0", "true", "title = 't' AND source_row > 1900"])
+def test_positions_are_those_of_the_scan(gaps: Items, passed: str) -> None:
+    at = gaps.positions(passed)
+    assert gaps.take_rows(at, ["item_id"]) == gaps.table(["item_id"], passed)
+    assert (np.diff(at) > 0).all()
+    with pytest.raises(ValueError, match="cannot read the items where colour = 1"):
+        gaps.positions("colour = 1")
+
+
 def test_a_tag_keeps_a_version(gaps: Items) -> None:
     gaps.keep("release-1")
     gaps.keep("release-1")
