@@ -103,7 +103,7 @@ def in_one_shard(indexed: pa.ChunkedArray, expected: pa.ChunkedArray) -> None:
     found, asked = (np.sort(plan.hashes(ids)) for ids in (indexed, expected))
     if np.array_equal(found, asked) and (found[1:] != found[:-1]).all():
         return  # 64 bits of each id; what follows compares the ids themselves, and takes minutes and memory for many
-    counts = pc.value_counts(indexed)
+    expected, counts = expected.cast(indexed.type), pc.value_counts(indexed)
     often, names = counts.field("counts").to_numpy(), counts.field("values")
     wrong = [f"{names[int(i)]} in {often[i]}" for i in np.flatnonzero(often != 1)]
     lost = expected.filter(pc.invert(pc.is_in(expected, value_set=names))).to_pylist()

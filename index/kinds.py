@@ -6,6 +6,7 @@ An index is a shell of a few kinds: a refine step (IndexRefine) around a transfo
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -32,6 +33,21 @@ def layers(index: Any) -> Iterator[Any]:
             index = index.index
         else:
             return
+
+
+@contextmanager
+def clustered_on_gpus(index: Any) -> Iterator[None]:
+    """While it lasts, an index that is trained finds its lists on the GPUs that this FAISS can use, if any: k-means is most of training."""
+    ivf = next((layer for layer in layers(index) if isinstance(layer, faiss.IndexIVF)), None)
+    if ivf is None or not faiss.get_num_gpus():
+        yield
+        return
+    finds = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(ivf.d, ivf.metric_type))  # FAISS keeps no reference to it
+    ivf.clustering_index = finds
+    try:
+        yield
+    finally:
+        ivf.clustering_index = None
 
 
 def parameters(index: Any, wanted: int, spare: int, selector: Any = None, share: float = 1.0) -> Any:

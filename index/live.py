@@ -118,14 +118,14 @@ def _as(kind: pa.DataType, table: pa.Table, name: str) -> pa.ChunkedArray | pa.A
 class Live:
     """Follows `root/releases` (its CURRENT) and the change log of the same root.
 
-    encoder_of: the folder of an embedder -> what encodes with it. Its encoder is asked by the thread that refreshes and by those
-    that search, each for itself. ValueError where there is no release, or it is damaged; later, a release that cannot be opened is
-    logged, and the one that is served stays.
+    encoder_of: the folder of an embedder -> what encodes with it; asked by the thread that refreshes and by those that search, each for
+    itself. device: what the released index is searched on (Shard.on). ValueError where there is no release, or it is damaged; later, a
+    release that cannot be opened is logged, and the one that is served stays.
     """
 
-    def __init__(self, root: str, encoder_of: Callable[[str], Encodes], *, threads: int = 1) -> None:
+    def __init__(self, root: str, encoder_of: Callable[[str], Encodes], *, threads: int = 1, device: str = "cpu") -> None:
         self.layout = storage.Layout(root)
-        self.encoder_of, self.threads = encoder_of, threads
+        self.encoder_of, self.threads, self.device = encoder_of, threads, device
         self.refused: dict[str, str] = {}  # item_id -> why it could not be encoded; it stays as it was
         self.lock = threading.Lock()
         self._open(manifest.current(self.layout.releases, kind="release"))
@@ -138,7 +138,7 @@ class Live:
     def _open(self, folder: str) -> None:
         release = Release.open(folder)
         same = hasattr(self, "state") and self.state.release.embedder == release.embedder
-        released = Searcher.open(release.index, threads=self.threads)
+        released = Searcher.open(release.index, threads=self.threads, device=self.device)
         state = State(
             release=release,
             encoder=self.state.encoder if same else self.encoder_of(release.embedder),

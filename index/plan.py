@@ -56,7 +56,8 @@ def _both_splits(table: pa.Table) -> bool:
 
 
 def choose_gallery(table: pa.Table, *, filter_was_given: bool, per_product: int) -> Gallery:
-    """Rows of `table` (GALLERY_COLUMNS, or NAMES where a filter was given) that are indexed, at most `per_product` of a product, the smallest item_ids first.
+    """Rows of `table` (GALLERY_COLUMNS, or NAMES where a filter was given) that are indexed, at most `per_product` of a product, the
+    smallest item_ids first.
 
     Where the caller has filtered the table, all of it is the gallery and 0 means no limit. Otherwise the first rule that
     applies: the rows with role `catalog`; where products never trained on have rows of split train and of split test,

@@ -4,6 +4,8 @@
     python -m index.release list RUN             every release, newest first
     python -m index.release show RUN [NAME]      one release, verified down to every file; without a name the current one
     python -m index.release rollback RUN [NAME]  the named release is current again; without a name the one before
+    python -m index.release push RUN TO [NAME]   copies a release to another root, such as s3://bucket/shop, and makes it current there
+    python -m index.release pull RUN FROM [NAME] brings the current release of another root here, or the named one, and makes it current
     python -m index.release gc RUN               removes old releases, and the artifacts that nothing binds any more
 
 RUN is a run file. A release never changes: only CURRENT moves, and only to a release that opens.
@@ -19,6 +21,7 @@ from typing import Any
 from idem import config, job, manifest, storage
 from index import changes
 from index.release import BOUND, KIND, Release, ReleaseConfig, run
+from index.transfer import carry
 from pipelines.items import open_items
 
 JOB = "index.release"
@@ -200,12 +203,24 @@ def collect(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"removed": [] if arguments.dry_run else folders, "bytes": size, **({"would_remove": folders} if arguments.dry_run else {})}
 
 
+def push(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    root = str(storage.local_path(parent).absolute().parent)
+    Release.open(storage.join(parent, named(entries(parent), arguments.name).name))
+    return carry(root, arguments.other, arguments.name)
+
+
+def pull(parent: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    return carry(arguments.other, str(storage.local_path(parent).absolute().parent), arguments.name)
+
+
 Verb = Callable[[str, argparse.Namespace], dict[str, Any]]
 VERBS: Mapping[str, tuple[Verb | None, str]] = {
     "publish": (None, "bind what is current, and make it the current release"),
     "list": (list_all, "every release, newest first"),
     "show": (show, "one release, verified down to every file"),
     "rollback": (roll_back, "make an earlier release current again"),
+    "push": (push, "copy a release to another root, such as a bucket, and make it current there"),
+    "pull": (pull, "bring the current or the named release of another root here, and make it current"),
     "gc": (collect, "remove old releases, and artifacts that nothing binds any more"),
 }
 
@@ -217,7 +232,9 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=said, description=said)
         verb.add_argument("run", help="run file (TOML)")
         verb.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change one setting of the run file")
-        if name in ("show", "rollback"):
+        if name in ("push", "pull"):
+            verb.add_argument("other", help="root to copy to, or from: a folder or s3://bucket/folder")
+        if name in ("show", "rollback", "push", "pull"):
             verb.add_argument("name", nargs="?", default="", help="of the release")
         if name == "gc":
             verb.add_argument("--keep", type=int, default=3, help="newest releases that stay, besides the current one (default: 3)")

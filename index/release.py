@@ -67,6 +67,8 @@ class Release:
 
 def _folder(path: str) -> Path:
     """The folder of a release given by itself or by the folder above, whose CURRENT is followed."""
+    if not storage.is_local(path):
+        raise ValueError(f"a release is opened from a local disk, found {path}; python -m index.release pull brings it there")
     folder = storage.local_path(path).absolute()
     if (folder / manifest.NAME).exists() or not (folder / manifest.POINTER).exists():
         return folder

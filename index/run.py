@@ -109,7 +109,7 @@ def check(folder: str, order: Sequence[np.ndarray], dataset: lance.LanceDataset,
     """
     # Of the items their ids alone, which decide between two that are equally near.
     searcher = AsServed.of([Shard.read(folder, number, columns=["item_id"]) for number in range(len(order))])
-    indexed = pa.chunked_array([chunk for each in searcher.shards for chunk in each.meta["item_id"].chunks], pa.string())
+    indexed = pa.chunked_array([chunk for each in searcher.shards for chunk in each.meta["item_id"].chunks], pa.large_string())
     in_one_shard(indexed, dataset.to_table(["item_id"])["item_id"])
     yardstick = Yardstick.of(asked, dataset, np.concatenate(order))
     tuned = {}
@@ -187,7 +187,7 @@ def make_shards(config: IndexConfig, made: manifest.Plan, uri: str, items: Items
     left = [each for each in work if not shard.finished(made.folder, each.number)]
     cluster.connect()
     if not storage.exists(trained):
-        in_parallel(shard.prepare, [(trained, uri, config.factory, config.parameters)], desc="train")
+        in_parallel(shard.prepare, [(trained, uri, config.factory, config.parameters)], desc="train", on_gpu=True)
     begun = time.perf_counter()
     in_parallel(shard.build_from, [(each,) for each in left], desc="shard")
     built = time.perf_counter()

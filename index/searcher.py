@@ -105,11 +105,15 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One FAISS index and what is known of its items in the same order: META_COLUMNS, and columns to filter by."""
+    """One FAISS index and what is known of its items in the same order: META_COLUMNS, and columns to filter by.
+
+    exact: searches in place of the index (index.devices.Exact); None for the index itself.
+    """
 
     index: faiss.Index
     meta: pa.Table
     threads: int = 1
+    exact: Any = None
 
     @classmethod
     def open(cls, folder: str, number: int, *, threads: int = 1, mapped: bool = True) -> "Shard":
@@ -132,7 +136,9 @@ class Shard:
         index = faiss.read_index(index_path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         known = columns and list(columns)
         meta = pq.read_table(meta_path, columns=known, read_dictionary=["category", *FILTER_COLUMNS])
-        return cls(index, meta.combine_chunks(), threads)  # a column in pieces is put together at every take
+        # A column in pieces is put together at every take, and one of strings, not large_string, ends at 2 GiB.
+        large = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in meta.schema]
+        return cls(index, meta.cast(pa.schema(large)).combine_chunks(), threads)
 
     @property
     def dim(self) -> int:
@@ -148,6 +154,8 @@ class Shard:
         wanted = min(k + SPARE, self.index.ntotal)
         if not wanted or not len(vectors):
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
+        if self.exact is not None:
+            return self.exact.search(vectors, wanted, None if allowed is None else allowed.bits)
         if allowed is None or allowed.count == self.index.ntotal:
             return self.index.search(vectors, wanted, params=kinds.parameters(self.index, k, wanted - min(k, wanted)))
         if not allowed.count:
@@ -177,6 +185,15 @@ class Shard:
         scores, rows = np.where(kept, scores, -np.inf), np.where(kept, rows, -1)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
+    def on(self, device: str) -> "Shard":
+        """The same on a torch device, "cuda" or "cuda:1"; "cpu" is FAISS as it is. ValueError for an index that keeps no vectors."""
+        if device == "cpu":
+            return self
+        from index import devices  # torch, which searching on the CPU does without
+
+        made = devices.on(self.index, device)
+        return replace(self, exact=made) if isinstance(made, devices.Exact) else replace(self, index=made)
+
     def search(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> list[list[Hit]]:
         """The k best items (fewer where the shard is smaller) for each of `vectors` (n, dim), sorted by `index.merge.best_first`."""
         return Searcher([self]).search(vectors, k, where=where)
@@ -199,8 +216,8 @@ class Searcher:
     _allowed: dict[str, list[Allowed]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str, *, threads: int = 1) -> "Searcher":
-        """The index at `path`: the folder of an index or of a release (or `root/releases`, for the current one).
+    def open(cls, path: str, *, threads: int = 1, device: str = "cpu") -> "Searcher":
+        """The index at `path`: the folder of an index or of a release (or `root/releases`, for the current one); device: as `Shard.on`.
 
         Shards that were trained together become one index in memory: searching four costs what searching one does
         (docs/decisions/0009). A single shard, and kinds that cannot be joined, stay in their files as far as FAISS maps them.
@@ -208,7 +225,7 @@ class Searcher:
         folder = _index_of(path)
         count = len(manifest.read(folder, kind="index").files) // 2
         shards = [Shard.open(folder, number, threads=threads, mapped=count == 1) for number in range(count)]
-        return cls.of(shards)
+        return cls([shard.on(device) for shard in cls.of(shards).shards])
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> "Searcher":

@@ -1,8 +1,9 @@
 """Build one shard: a FAISS index and, in the same row order, what is known of its items without their pictures."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import faiss
@@ -18,6 +19,7 @@ from pipelines.items import open_items
 META_COLUMNS = ["item_id", "product_id", "family_id", "category", "title"]
 FILTER_COLUMNS = ["lang", "role", "style"]  # besides category and the attributes that the items were ingested with
 AT_ONCE = 65_536  # vectors in memory beside the index that they go into
+META_AT_ONCE = 16 * AT_ONCE  # items; texts lie packed, so that taking few here and there reads nearly as much as taking all
 SAME_LENGTH = 0.01  # from 1; an encoder that computes in half precision stays far below it
 RUN, A_LIST = 8, 40
 TRAIN_ROWS = 262_144  # 64 points a centroid for 4096 lists; more costs time and gains nothing measurable
@@ -42,7 +44,8 @@ def empty_index(sample: Callable[[], np.ndarray], *, dim: int, total: int, facto
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(np.ascontiguousarray(sample(), np.float32))
+            with kinds.clustered_on_gpus(index):
+                index.train(np.ascontiguousarray(sample(), np.float32))
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)
     except RuntimeError as error:
@@ -104,7 +107,7 @@ class Work:
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size lists as (n, dim) float32."""
-    array = column.combine_chunks()
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies a single one, too
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
@@ -124,27 +127,39 @@ def build_from(work: Work) -> list[str]:
     index, source = faiss.read_index(work.trained), lance.dataset(work.vectors)
     items = open_items(work.items, version=work.version)
     attributes = [name for name in items.dataset.schema.names if name == schema.ATTRIBUTES]
-    meta = items.take_rows(work.offsets, [*META_COLUMNS, *FILTER_COLUMNS, *attributes])
-    for start in range(0, len(work.rows), AT_ONCE):
-        taken = source.take(work.rows[start : start + AT_ONCE].tolist(), columns=["item_id", "vector"])
-        same = taken["item_id"].to_pylist() == meta["item_id"].slice(start, AT_ONCE).to_pylist()
-        assert same, "vectors and items are in another order"
-        index.add(unit(as_matrix(taken["vector"]), taken["item_id"]))
-    return write(work.folder, work.number, index=index, meta=meta)
+
+    def added() -> Iterator[pa.Table]:
+        for start in range(0, max(1, len(work.rows)), META_AT_ONCE):
+            meta = items.take_rows(work.offsets[start : start + META_AT_ONCE], [*META_COLUMNS, *FILTER_COLUMNS, *attributes])
+            for some in range(0, meta.num_rows, AT_ONCE):
+                rows = work.rows[start + some : start + some + min(AT_ONCE, meta.num_rows - some)]
+                taken = source.take(rows.tolist(), columns=["item_id", "vector"])
+                same = taken["item_id"].to_pylist() == meta["item_id"].slice(some, AT_ONCE).to_pylist()
+                assert same, "vectors and items are in another order"
+                index.add(unit(as_matrix(taken["vector"]), taken["item_id"]))
+            yield meta
+
+    return write(work.folder, work.number, index=index, meta=added())
 
 
-def write(folder: str, number: int, *, index: faiss.Index, meta: pa.Table) -> list[str]:
+def write(folder: str, number: int, *, index: faiss.Index, meta: Iterable[pa.Table]) -> list[str]:
     """Write shard `number` into `folder` and return the names of its files; meta: META_COLUMNS of the index's items and what they are
-    filtered by, in its order.
+    filtered by, in its order, in parts, behind the last of which the index is complete.
 
     A file has its name only when it is whole: a builder that is killed leaves nothing that looks like a shard.
     """
-    assert index.ntotal == meta.num_rows
     made = names(number)
     partial = [Path(folder, f".{name}.partial") for name in made]
     Path(folder).mkdir(parents=True, exist_ok=True)
+    parts = (part.flatten() for part in meta)  # attributes become columns of their own, `attributes.price`
+    first = next(parts)
+    with pq.ParquetWriter(partial[1], first.schema) as writer:
+        rows = 0
+        for part in chain([first], parts):
+            writer.write_table(part)
+            rows += part.num_rows
+    assert index.ntotal == rows
     faiss.write_index(index, str(partial[0]))
-    pq.write_table(meta.flatten(), partial[1])  # attributes become columns of their own, `attributes.price`
     for path, name in zip(partial, made, strict=True):
         path.replace(Path(folder, name))
     return list(made)

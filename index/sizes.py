@@ -16,8 +16,7 @@ from index import kinds
 
 EVEN = 1 << 20  # items up to which shards are cut within one of each other; beyond, chance is even enough
 DEVIATIONS = 6.0  # a shard is that far from the mean once in 5e8
-META_BYTES = 120  # of an item: its ids, category and title as Arrow holds them
-MOST_ROWS = (1 << 31) // 50  # of a shard: Arrow takes no row out of strings of more than 2 GiB, and titles are some 50 bytes long
+META_BYTES = 136  # of an item: its ids, category and title as Arrow holds them
 LIST_BYTES = 96  # of a list in memory, beside what is in it
 BLOCK_WASTE = 15.5  # codes that a fast-scan list leaves empty: its blocks are of 32
 POINTS = 40  # training points a list; FAISS warns below 39
@@ -155,10 +154,6 @@ class Outline:
         ]
         if self.lists:
             told.append(f"{self.lists:,} lists of {self.total / self.lists:,.0f} vectors, to be trained on {self.training_rows:,}")
-        if most > MOST_ROWS:
-            told.append(
-                f"too few shards: the titles of more than {MOST_ROWS:,} items may not fit; take {-(-self.total // MOST_ROWS)} or more"
-            )
         if poor := self.poor:
             told.append(f"a poor choice: {poor}; usual is {suggest(self.total, self.dim)}")
         return told
@@ -199,8 +194,8 @@ class Sized:
 def sized(
     total: int, dim: int, machine_memory: float, *, factory: str = "", together: int = 1, copies: int = 1, share: float = 0.8
 ) -> Sized:
-    """As few shards as fit, `together` of them into `share` of a machine's memory, and of MOST_ROWS at most; the rest of the memory is for
-    pages of stored vectors and for work.
+    """As few shards as fit, `together` of them into `share` of a machine's memory; the rest of it is for pages of stored vectors and for
+    work.
 
     ValueError for sizes that cannot be, or where not even one list fits.
     """
@@ -208,5 +203,5 @@ def sized(
         raise ValueError(f"numbers are at least 1 and a share within (0, 1]; found {total=}, {dim=}, {together=}, {copies=}, {share=}")
     factory = factory or suggest(total, dim)
     shards = fitting(total, dim, factory, memory=machine_memory * share / together)
-    told = outline(total=total, dim=dim, factory=factory, shards=max(shards, -(-total // (MOST_ROWS - MOST_ROWS // 100))))
+    told = outline(total=total, dim=dim, factory=factory, shards=shards)
     return Sized(outline=told, machine_memory=machine_memory, together=together, copies=copies)

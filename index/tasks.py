@@ -8,12 +8,17 @@ import ray.exceptions
 from tqdm import tqdm
 
 
-def in_parallel(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, desc: str) -> list[Any]:
+def in_parallel(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, desc: str, on_gpu: bool = False) -> list[Any]:
     """task(*each) as Ray tasks, results in order. A worker that dies is replaced and its task alone repeated.
+
+    on_gpu: each has a GPU to itself, where the cluster has any.
 
     What failed is raised once, all of it together, when every task has ended: ValueError.
     """
-    remote = ray.remote(num_cpus=1, max_retries=3, max_calls=1)(_captured)  # an idle worker would keep the memory of its last task
+    gpus = min(1.0, ray.cluster_resources().get("GPU", 0)) if on_gpu else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=1)(
+        _captured
+    )  # an idle worker would keep the memory of its last task
     waiting = [remote.remote(task, each) for each in arguments]
     number = {ref: i for i, ref in enumerate(waiting)}
     results: list[tuple[Any, str]] = [(None, "not run")] * len(waiting)

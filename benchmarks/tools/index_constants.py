@@ -131,7 +131,8 @@ def around(vectors: np.ndarray, queries: np.ndarray) -> dict[str, float]:
     block = bytes(1 << 26)
     titles = pa.array([f"a title of forty letters, as shops write {i % 10}" for i in range(len(ids))])
     categories = pa.array([f"category {i % 100}" for i in range(len(ids))]).dictionary_encode()
-    known = pa.table({"item_id": names, "product_id": names, "family_id": names, "category": categories, "title": titles})
+    texts = {"item_id": names, "product_id": names, "family_id": names, "title": titles}
+    known = pa.table({"category": categories, **{name: column.cast(pa.large_string()) for name, column in texts.items()}})
     tracemalloc.start()
     entries = {item_id: place for place, item_id in enumerate(names.slice(0, 100_000).to_pylist())}
     entry = tracemalloc.get_traced_memory()[0] / len(entries)

@@ -76,7 +76,7 @@ def build_sharded(folder: Path, vectors: np.ndarray, factory: str, shards: int, 
         meta = {name: ids[rows] for name in shard.META_COLUMNS}
         if categories is not None:
             meta["category"] = categories[rows]
-        files += shard.write(made.folder, number, index=index, meta=pa.table(meta))
+        files += shard.write(made.folder, number, index=index, meta=[pa.table(meta)])
     made.write(figures={}, files=files)
     return made.folder
 

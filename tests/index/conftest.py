@@ -101,7 +101,7 @@ def without_ray(monkeypatch):
     """index.run with its two Ray calls replaced by loops."""
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(vectors, "encode", encode_plainly)
-    monkeypatch.setattr(run, "in_parallel", lambda task, arguments, *, desc: [task(*each) for each in arguments])
+    monkeypatch.setattr(run, "in_parallel", lambda task, arguments, *, desc, on_gpu=False: [task(*each) for each in arguments])
 
 
 @pytest.fixture
@@ -133,7 +133,9 @@ def make_index(tmp_path):
         made = manifest.Plan(parent=str(tmp_path / "index"), kind="index", config={"shards": shards, "factory": factory}, inputs={})
         files = []
         for number, rows in enumerate(plan.shards(item_ids, shards)):
-            files += shard.write(made.folder, number, index=shard.make_index(matrix[rows], factory=factory), meta=meta.take(pa.array(rows)))
+            files += shard.write(
+                made.folder, number, index=shard.make_index(matrix[rows], factory=factory), meta=[meta.take(pa.array(rows))]
+            )
         made.write(figures={}, files=files)
         return made.folder, item_ids
 

@@ -85,7 +85,7 @@ def test_an_index_of_another_dimension_than_the_queries_says_both(unit_vectors, 
 
 def test_an_empty_shard_gives_no_answer(tmp_path):
     known = pa.table({name: pa.array([], pa.string()) for name in shard.META_COLUMNS})
-    shard.write(str(tmp_path), 0, index=shard.empty_index(lambda: np.zeros((0, 8)), dim=8, total=0, factory="Flat"), meta=known)
+    shard.write(str(tmp_path), 0, index=shard.empty_index(lambda: np.zeros((0, 8)), dim=8, total=0, factory="Flat"), meta=[known])
     empty = Shard.read(str(tmp_path), 0)
     assert empty.search(np.eye(2, 8), 5) == [[], []]
     scores, positions = Searcher([empty]).find(np.eye(2, 8), 5)
@@ -101,7 +101,7 @@ index = shard.make_index(vectors, factory="Flat")
 meta = pa.table({name: [str(i) for i in range(4096)] for name in shard.META_COLUMNS})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
-    shard.write(sys.argv[1], 0, index=index, meta=meta)
+    shard.write(sys.argv[1], 0, index=index, meta=[meta])
 except (OSError, RuntimeError) as error:
     print("refused:", error)
 """

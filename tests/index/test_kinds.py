@@ -37,7 +37,7 @@ def trained_once(folder, vectors, count, factory, parameters=""):
             "role": ["a" if int(i) % 10 else "b" for i in ids],
             "size": [int(i) for i in ids],
         }
-        files += shard.write(made.folder, number, index=index, meta=pa.table(meta))
+        files += shard.write(made.folder, number, index=index, meta=[pa.table(meta)])
     made.write(figures={}, files=files)
     empty.add(vectors)
     return made.folder, empty

@@ -85,7 +85,7 @@ def test_an_item_in_no_shard_or_in_two_is_found_out(indexed):
     asked = {"gallery": Asked(matrix, np.arange(40))}
     assert run.check(folder, parts, dataset, asked, 0)["recall@10"] == 1.0
     meta = pq.read_table(Path(folder, "shard-001.parquet"))
-    shard.write(folder, 2, index=shard.make_index(np.zeros((1, matrix.shape[1])), factory="Flat"), meta=meta.slice(0, 1))
+    shard.write(folder, 2, index=shard.make_index(np.zeros((1, matrix.shape[1])), factory="Flat"), meta=[meta.slice(0, 1)])
     with pytest.raises(ValueError, match=f"{meta['item_id'][0]} in 2"):
         run.check(folder, [*parts, parts[1][:1]], dataset, asked, 0)
     with pytest.raises(ValueError, match=f"{meta.num_rows} items are not in exactly one shard.* in 0"):

@@ -132,7 +132,7 @@ def test_search_parameters_are_kept_in_the_file(unit_vectors, tmp_path):
 
     vectors = unit_vectors(400, 8)
     meta = pa.table({name: [f"{i:03d}" for i in range(400)] for name in shard.META_COLUMNS})
-    shard.write(str(tmp_path), 0, index=shard.make_index(vectors, factory="IVF8,Flat", parameters="nprobe=8"), meta=meta)
+    shard.write(str(tmp_path), 0, index=shard.make_index(vectors, factory="IVF8,Flat", parameters="nprobe=8"), meta=[meta])
     found = Shard.read(str(tmp_path), 0).search(vectors[:20], 5)
     assert ids(found) == [[f"{i:03d}" for i in row] for row in exact(vectors, vectors[:20], 5)[1]]
 

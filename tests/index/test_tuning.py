@@ -85,7 +85,7 @@ def test_an_index_is_checked_as_it_is_served(tmp_path, unit_vectors, factory, fa
         index = faiss.clone_index(trained)
         index.add(vectors[rows])
         meta = pa.table({name: [f"{row:05d}" for row in rows] for name in [*shard.META_COLUMNS, *shard.FILTER_COLUMNS]})
-        shard.write(str(tmp_path), number, index=index, meta=meta)
+        shard.write(str(tmp_path), number, index=index, meta=[meta])
     checked = AsServed.of([Shard.read(str(tmp_path), number, columns=shard.META_COLUMNS) for number in range(shards)])
     serves = Searcher.of([Shard.read(str(tmp_path), number, mapped=False) for number in range(shards)])
     assert (len(checked.shards), len(serves.shards)) == (shards, 1)

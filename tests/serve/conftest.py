@@ -145,7 +145,7 @@ def write_index(root: str, embedder: Embedder, version: int) -> None:
     files = []
     for number in range(2):
         rows = np.arange(number, table.num_rows, 2)
-        files += shard.write(plan.folder, number, index=shard.make_index(vectors[rows], factory="Flat"), meta=table.take(pa.array(rows)))
+        files += shard.write(plan.folder, number, index=shard.make_index(vectors[rows], factory="Flat"), meta=[table.take(pa.array(rows))])
     plan.write(figures={"rule": "rows that the filter `gallery` keeps"}, files=files)
 
 
