@@ -86,10 +86,12 @@ def compare(name: str, rates: Mapping[str, float], sizes: Mapping[str, float]) -
 
 def picture(told: Sequence[dict[str, Any]], path: Path) -> None:
     """Recall against queries a second, the front of each contender of one set."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure as Drawing
 
     drawing = Drawing(figsize=(9, 6), layout="constrained")
     axes = drawing.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # pyright: ignore[reportAttributeAccessIssue]
     for each in told:
         best = front([Point(point["recall"], point["rate"]) for point in each["points"]])
         label = f"{each['contender']} ({each['bytes']:,.0f} B)"

@@ -5,7 +5,7 @@ score is the cosine of query and item, because both are L2-normalised and FAISS 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -25,7 +25,7 @@ from train.neighbours import nearest
 
 EXACT_ROWS = 65_536  # so few are compared one by one, which costs less than an index that has to look for them in more lists
 KEPT_FILTERS = 16  # each a bit an item, and the stored vectors of EXACT_ROWS at most
-SPARE = 16  # FAISS cuts ties in an order of its own: so many more are fetched and ordered by item_id before the cut
+SPARE, TIED = 1, 16  # FAISS cuts ties in an order of its own: one more tells whether there is one, and then so many more are fetched
 
 _forked = False  # OpenMP's threads are not there in a forked child, which would wait for them for ever: it works on one
 
@@ -42,12 +42,13 @@ def _checked(vectors: np.ndarray, dim: int, k: int) -> np.ndarray:
     vectors = np.ascontiguousarray(vectors, np.float32)
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise ValueError(f"query vectors must be (n, {dim}), as the index; found {vectors.shape}")
-    if not np.isfinite(vectors).all():
+    lengths = np.einsum("nd,nd->n", vectors, vectors)
+    if not np.isfinite(lengths).all() and not np.isfinite(vectors).all():
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         raise ValueError(f"query vectors must be finite; NaN or infinity in {len(bad)} of {len(vectors)}, the first is number {bad[0]}")
     if k < 1:
         raise ValueError(f"k is how many items are wanted, at least 1; found {k}")
-    if not (there := vectors.any(axis=1)).all():
+    if not lengths.all() and not (there := vectors.any(axis=1)).all():
         zero = np.flatnonzero(~there)
         raise ValueError(f"a query vector of zeros is near nothing; {len(zero)} of {len(vectors)} are, the first is number {zero[0]}")
     return vectors
@@ -69,6 +70,13 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     vectors (n, dim), queries (q, dim), float32; k is cut to n.
     """
     return nearest(_checked(queries, vectors.shape[1], k), vectors, k)
+
+
+def by_id(scores: np.ndarray, rows: np.ndarray, ids_at: Callable[[np.ndarray], pa.Array]) -> np.ndarray:
+    """Rows (n, m) whose scores fall, those of equal score in the order of their item_id, which ids_at(rows) tells."""
+    there, place = rows >= 0, np.zeros(rows.shape, np.int64)
+    place[there] = np.unique(ids_at(rows[there]).to_numpy(zero_copy_only=False), return_inverse=True)[1]
+    return np.take_along_axis(rows, np.lexsort((place, -scores)), 1)
 
 
 def combined(vectors: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -149,9 +157,24 @@ class Shard:
         return self.meta["item_id"].to_pylist()
 
     def nearest(self, vectors: np.ndarray, k: int, allowed: Allowed | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n, m) and rows (n, m) of the k best and some spare ones, m at most the shard's size; row -1 where fewer were found."""
+        """Scores (n, m) and rows (n, m) of the k best and SPARE more, m at most the shard's size; row -1 where fewer were found. Of those
+        as near as the k-th, up to TIED, the smaller item_ids are taken."""
+        scores, rows = self._fetched(vectors, k, SPARE, allowed)
+        if scores.shape[1] <= k:
+            return scores, rows
+        cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
+        if cut.any():
+            more, found = self._fetched(vectors[cut], k, TIED, allowed)
+            scores[cut], rows[cut] = more[:, : scores.shape[1]], by_id(more, found, self.ids_at)[:, : scores.shape[1]]
+        return scores, rows
+
+    def ids_at(self, rows: np.ndarray) -> pa.Array:
+        return self.meta["item_id"].take(pa.array(rows)).combine_chunks()
+
+    def _fetched(self, vectors: np.ndarray, k: int, spare: int, allowed: Allowed | None) -> tuple[np.ndarray, np.ndarray]:
+        """The k best and `spare` more, as FAISS has them."""
         faiss.omp_set_num_threads(1 if _forked else self.threads)  # OpenMP keeps this per calling thread, so it is set at every call
-        wanted = min(k + SPARE, self.index.ntotal)
+        wanted = min(k + spare, self.index.ntotal)
         if not wanted or not len(vectors):
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
         if self.exact is not None:
@@ -273,17 +296,18 @@ class Searcher:
         if short := max(0, k - rows.shape[1]):
             rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
             scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        if (scores[:, 1:] > scores[:, :-1]).any():  # of one shard they come sorted
+            order = np.argsort(-scores, axis=1, kind="stable")
+            scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
         tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0))[:, :k].any(axis=1)
-        for query in np.flatnonzero(tied):
-            known = np.flatnonzero(scores[query] >= max(scores[query, k - 1], np.finfo(np.float32).min))
-            ids = self.meta(rows[query, known], ["item_id"])["item_id"].to_pylist()
-            rows[query, known] = rows[query, known][sorted(range(len(known)), key=lambda i: (-scores[query, i], ids[i]))]
+        if tied.any():
+            rows[tied] = by_id(scores[tied], rows[tied], self.ids_at)
         return scores[:, :k], rows[:, :k]
 
     def meta(self, positions: np.ndarray, columns: Sequence[str] = META_COLUMNS) -> pa.Table:
         """What is known of items by their positions (m,) in `item_ids`, in that order."""
+        if len(self.shards) == 1:
+            return self.shards[0].meta.select(list(columns)).take(pa.array(positions))
         shard_of = np.searchsorted(self.starts, positions, side="right") - 1
         by_shard = np.argsort(shard_of, kind="stable")
         parts = [
@@ -291,6 +315,9 @@ class Searcher:
             for number, (shard, start) in enumerate(zip(self.shards, self.starts[:-1], strict=True))
         ]
         return pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(by_shard)))
+
+    def ids_at(self, positions: np.ndarray) -> pa.Array:
+        return self.shards[0].ids_at(positions) if len(self.shards) == 1 else self.meta(positions, ["item_id"])["item_id"].combine_chunks()
 
     def search(self, vectors: np.ndarray, k: int, *, where: Where | None = None) -> list[list[Hit]]:
         """The k best items for each of `vectors` (n, dim), fewer where there are fewer, in the order of `find`."""

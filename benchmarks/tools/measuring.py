@@ -192,16 +192,16 @@ def cpu_ms(run: Run, started: Run | None = None) -> float:
 
 
 def at_least(figure: Figure, bar: float) -> Figure:
-    return Figure(**{**asdict(figure), "bar": f">= {bar}", "holds": figure.ratio >= bar})
+    return Figure(**{**asdict(figure), "bar": f">= {bar}", "holds": bool(figure.ratio >= bar)})
 
 
 def same(figure: Figure, bar: float) -> Figure:
     """Neither more nor less than `bar` times the peer."""
-    return Figure(**{**asdict(figure), "bar": f"{1 / bar:.2f} to {bar:.2f}", "holds": 1 / bar <= figure.ratio <= bar})
+    return Figure(**{**asdict(figure), "bar": f"{1 / bar:.2f} to {bar:.2f}", "holds": bool(1 / bar <= figure.ratio <= bar)})
 
 
 def at_most(figure: Figure, bar: float) -> Figure:
-    return Figure(**{**asdict(figure), "bar": f"<= {bar}", "holds": figure.ratio <= bar})
+    return Figure(**{**asdict(figure), "bar": f"<= {bar}", "holds": bool(figure.ratio <= bar)})
 
 
 def verdict(figures: Iterable[Figure]) -> bool:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.index import compare
+from benchmarks.tools import measuring
 from benchmarks.tools.curves import Point, front, rate_at, recall_of
 
 PROJECT = Path(__file__).parents[2]
@@ -73,3 +75,9 @@ def test_the_peer_is_the_fastest_of_those_that_are_as_small_and_reach_the_recall
     sizes |= {"lancedb IVF_PQ": 70.0, "usearch f16": 300.0}
     figures = compare("set", rates, sizes)
     assert [(figure.peer, figure.holds) for figure in figures] == [("faiss fp16", True), ("usearch i8", True), ("faiss sq8", False)]
+
+
+def test_a_verdict_is_written_down_whatever_kind_of_number_it_was_reached_with():
+    figure = measuring.Figure(name="x", value=np.float64(2), peer="y", peer_value=np.float64(1))
+    for judged in (measuring.at_least(figure, 0.9), measuring.at_most(figure, 0.9), measuring.same(figure, 3)):
+        assert json.loads(json.dumps(asdict(judged)))["holds"] in (True, False)

@@ -50,7 +50,7 @@ def test_joined_shards_answer_as_one_index(tmp_path, unit_vectors, factory):
     searcher = Searcher.open(folder)
     assert len(searcher.shards) == 1
     scores, positions = searcher.find(queries, 10)
-    expected = bare.search(queries, 10 + SPARE)[0][:, :10]  # the spare ones are refined too, k_factor being 1
+    expected = bare.search(queries, 10 + SPARE)[0][:, :10]  # a spare one is refined too, k_factor being 1
     assert (np.abs(scores - expected) < 1e-5).mean() > 0.98  # equal codes in another order of the lists may be cut elsewhere
     ids = np.array(searcher.item_ids)
     assert len(set(ids)) == 1200
