@@ -44,8 +44,11 @@ class Ranking:
     order: a permutation of range(N), best first.
     relevance: for each document, in input order, the probability of level 0 (the very same product).
     null: for each document, in input order, the margin of its local score over NULL (above zero: preferred to NULL).
+    degraded: nothing could be judged, because time ran out or the model gives no numbers: the order is retrieval's, and relevance
+    and null are NaN.
     """
 
     order: tuple[int, ...]
     relevance: tuple[float, ...]
     null: tuple[float, ...]
+    degraded: bool = False

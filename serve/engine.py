@@ -153,9 +153,10 @@ class Engine:
         ranking = None
         if self.reranker is not None and mode != "none" and retrieved:
             ranking = rerank(self.reranker, self.pictures, query, retrieved[: self.depth], mode)
+        degraded = ("rerank",) if ranking and ranking.degraded else ()
         reranking = (time.perf_counter() - start) * 1e3
         timings = {**shared, "rerank": reranking, "total": sum(shared.values()) + reranking}
-        return compose(retrieved, ranking, top_k=top_k, timings_ms=timings)
+        return compose(retrieved, None if degraded else ranking, top_k=top_k, degraded=degraded, timings_ms=timings)
 
 
 def load_encoder(path: str) -> Encodes:

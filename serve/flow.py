@@ -73,7 +73,8 @@ class Flow:
         ranking = None
         if rerank and self.rerank is not None and retrieved:
             ranking = await self._try(RERANK, deadline, self.rerank(query, retrieved[:depth]))
-            degraded += [] if ranking else [RERANK]
+            if ranking is None or ranking.degraded:
+                ranking, degraded = None, [*degraded, RERANK]
         end = time.perf_counter()
         spans = {"embed": embedded - start, "search": searched - embedded, "rerank": end - searched, "total": end - start}
         return compose(retrieved, ranking, top_k=top_k, degraded=degraded, timings_ms={k: v * 1e3 for k, v in spans.items()})

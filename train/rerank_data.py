@@ -3,6 +3,8 @@
 A batch is drawn by (seed, step, slot) alone: N workers on equal shares of the slots see what one would.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,11 +16,13 @@ from tqdm import tqdm
 
 from idem import images, metrics
 from idem.types import Query
-from train.rerank_model import Batch
+from train.rerank_blocks import Batch
+from train.rerank_match import COLOURS
 
 Kind = Literal["image", "both", "text"]
 KINDS: tuple[Kind, ...] = ("image", "both", "text")
 BLOCK = 64  # pictures through the tower at a time
+MIDDLE = 0.7  # of each side, what a second view shows
 HEAD = 20  # documents from which a comparison is mostly drawn: what a last comparison is chosen from
 
 
@@ -76,23 +80,61 @@ def text_tokens(reader: Reader, texts: Sequence[str], length: int) -> torch.Tens
     return tokens
 
 
-def picture_tokens(reader: Reader, pictures: Sequence[bytes | None], *, progress: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """(n, T, C) float16 and (n,) bool: which pictures are there and decode; the tokens of the others are zero."""
-    places = np.zeros((len(pictures), *reader.token_shape), np.float16)
+def in_time(until: float) -> None:
+    if time.perf_counter() > until:
+        raise TimeoutError
+
+
+def seen(data: bytes, side: int, views: int) -> np.ndarray:
+    """(views, side, side, 3) uint8: the picture as a whole and, with two views, its middle. ImageError as images.pixels."""
+    whole = images.pixels(data, side)
+    if views == 1:
+        return whole[None]
+    large, start = images.pixels(data, round(side / MIDDLE)), (round(side / MIDDLE) - side) // 2
+    return np.stack([whole, large[start : start + side, start : start + side]])
+
+
+def places_shape(reader: Reader, views: int) -> tuple[int, int]:
+    """(T, C) of a picture, the colours of each place among its channels."""
+    tokens, channels = reader.token_shape
+    return views * tokens, channels + COLOURS
+
+
+def colours(pixels: np.ndarray, tokens: int) -> np.ndarray:
+    """(n, tokens, COLOURS) float32 in -1..1: the mean colour of each cell of (n, side, side, 3) uint8; of the whole picture where the
+    tokens are no square that divides the side."""
+    grid = round(tokens**0.5)
+    if grid * grid != tokens or pixels.shape[1] % grid:
+        return np.repeat(pixels.mean((1, 2), dtype=np.float32)[:, None] / 127.5 - 1, tokens, axis=1)
+    cell = pixels.shape[1] // grid
+    means = pixels.reshape(-1, grid, cell, grid, cell, 3).mean((2, 4), dtype=np.float32)
+    return means.reshape(-1, tokens, COLOURS) / 127.5 - 1
+
+
+def picture_tokens(
+    reader: Reader, pictures: Sequence[bytes | None], *, views: int = 1, progress: str = "", until: float = math.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, views * T, C) float16 and (n,) bool: which pictures are there and decode; the tokens of the others are zero.
+    TimeoutError where time.perf_counter passes `until`."""
+    places = np.zeros((len(pictures), *places_shape(reader, views)), np.float16)
     pictured = np.zeros(len(pictures), bool)
     for start in tqdm(range(0, len(pictures), BLOCK), desc=progress, disable=not progress, unit="batch"):
+        in_time(until)
         rows, pixels = [], []
         for row in range(start, min(start + BLOCK, len(pictures))):
             data = pictures[row]
             try:
                 if data:
-                    pixels.append(images.pixels(data, reader.side))
+                    pixels.append(seen(data, reader.side, views))
                     rows.append(row)
             except images.ImageError:
                 continue  # as if it had none: `pictured` tells the caller
         if rows:
             with torch.inference_mode():
-                places[rows] = reader.image_tokens(torch.from_numpy(np.stack(pixels))).numpy()
+                seen_pixels = np.concatenate(pixels)
+                tokens = reader.image_tokens(torch.from_numpy(seen_pixels)).numpy()
+            made = np.concatenate([tokens, colours(seen_pixels, tokens.shape[1])], axis=2)
+            places[rows] = made.reshape(len(rows), *places.shape[1:])
             pictured[rows] = np.isfinite(places[rows]).all((1, 2))
     places[~pictured] = 0
     return places, pictured
@@ -169,6 +211,14 @@ def assemble(pool: Pool, queries: np.ndarray, kinds: Sequence[Kind], documents: 
         cosine=torch.from_numpy(cosine),
         level=torch.from_numpy(level.astype(np.int64)),
     )
+
+
+def padded(rows: Sequence[np.ndarray], fill: float = -1) -> np.ndarray:
+    """(B, longest): each of `rows` from the left."""
+    made = np.full((len(rows), max(map(len, rows))), fill, rows[0].dtype)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = row
+    return made
 
 
 def _trimmed(texts: np.ndarray) -> np.ndarray:

@@ -17,17 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from idem.config import Table
 from train import rerank_losses
+from train.rerank_blocks import Batch, Shape
 from train.rerank_data import Lists, Pool, draw
-from train.rerank_model import Batch, ListwiseReranker, Shape
+from train.rerank_model import MODELS, Kind, Model
 
 VALIDATION_SEED = 7_919
 
 
 class RerankConfig(Table):
-    """Training ends at `minutes` of wall time or at `steps`, whichever is first, and earlier where `patience` looks at the
-    calibrate fold in a row found nothing better. `batch` is comparisons a step of each worker. kinds: shares of queries asked
-    by picture, by both, by text. absent: share of lists without a right document. dropout: share of places hidden."""
+    """model: listwise, or the pointwise baseline, which sees pictures in two views. Training ends at `minutes` of wall time or at
+    `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold in a row found nothing better. `batch`
+    is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by text. absent: share of lists
+    without a right document. dropout: share of places hidden."""
 
+    model: Kind = "listwise"
     minutes: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=1)] = 100_000
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -53,8 +56,13 @@ class RerankConfig(Table):
     max_failures: Annotated[int, Field(ge=0)] = 2
     seed: int = 0
 
+    @property
+    def views(self) -> int:
+        return 2 if self.model == "pointwise" else 1
+
     def shape(self, tokens: int, channels: int, vocabulary: int) -> Shape:
-        names = ("width", "layers", "heads", "match", "text_length")
+        """tokens, channels: as rerank_data.places_shape tells them."""
+        names = ("width", "layers", "heads", "match", "text_length", "views")
         return Shape(tokens=tokens, channels=channels, vocabulary=vocabulary, **{name: getattr(self, name) for name in names})
 
 
@@ -62,7 +70,7 @@ class RerankConfig(Table):
 class State:
     """Where training stands; `best` is the copy of the weights that did best on the calibrate fold."""
 
-    model: ListwiseReranker
+    model: Model
     optimizer: torch.optim.AdamW
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = math.inf
@@ -98,7 +106,7 @@ class State:
 def start(config: RerankConfig, shape: Shape, pool: Pool, train: Lists) -> State:
     """A fresh state; the projection of the patches starts from the principal axes of the training pictures."""
     torch.manual_seed(config.seed)
-    model = ListwiseReranker(shape)
+    model = MODELS[config.model](shape)
     rows = torch.from_numpy(pool.pictured).nonzero().flatten()
     if len(rows):
         used = rows[torch.randperm(len(rows))[:500]].numpy()
@@ -130,19 +138,23 @@ def held_batches(config: RerankConfig, pool: Pool, calibrate: Lists, *, count: i
     return [draw(pool, calibrate, slots=s, seed=VALIDATION_SEED, step=0, chunk=config.chunk, settings=settings) for s in slots]
 
 
-def losses(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    s, null, levels = net(batch)
-    return rerank_losses.all_of(s, null, levels, batch.level)
+def losses(net: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """By name, their sum as "loss"; and the scores (B, M) that documents are ordered by."""
+    made = net(batch)
+    if isinstance(made, Tensor):
+        return rerank_losses.yes_no(made, batch.level), made
+    s, null, levels = made
+    return rerank_losses.all_of(s, null, levels, batch.level), s
 
 
 @torch.inference_mode()
-def validate(model: ListwiseReranker, batches: list[Batch]) -> dict[str, float]:
+def validate(model: Model, batches: list[Batch]) -> dict[str, float]:
     """Losses on fixed comparisons of the calibrate fold, and how often the first document of a comparison is the right one."""
     model.eval()
     results, right = [], []
     for batch in batches:
-        s, null, levels = model(batch)
-        results.append({name: float(value) for name, value in rerank_losses.all_of(s, null, levels, batch.level).items()})
+        parts, s = losses(model, batch)
+        results.append({name: float(value) for name, value in parts.items()})
         with_one = (batch.level == 0).any(1)
         right += (batch.level.gather(1, s.argmax(1, keepdim=True))[with_one, 0] == 0).tolist()
     model.train()
@@ -160,7 +172,7 @@ def _schedule(state: State, progress: float) -> None:
 def _look(state: State, config: RerankConfig, batches: list[Batch]) -> dict[str, float]:
     """Judge the weights of this moment on the calibrate fold and keep them if none were better."""
     found = validate(state.model, batches)
-    judged = found["calibrate_pairwise"] + found["calibrate_next_token"] + found["calibrate_absolute"]
+    judged = found["calibrate_loss"] - found.get("calibrate_null", 0.0)  # NULL orders nothing
     state.looks += 1
     state.stale += 1
     if judged < state.best_loss:
@@ -192,7 +204,7 @@ def train(
     while True:
         slots = range(rank * config.batch, (rank + 1) * config.batch)
         batch = draw(pool, train, slots=slots, seed=config.seed, step=state.step, chunk=config.chunk, settings=config)
-        parts = losses(net, batch)
+        parts, _ = losses(net, batch)
         elapsed = before + time.perf_counter() - began
         spent = max(elapsed / (60 * config.minutes), state.step / config.steps)
         over = float(spent >= 1 or state.stale >= config.patience)

@@ -1,4 +1,4 @@
-"""Losses of the listwise reranker (METHOD.md section 3): pure functions of scores and levels.
+"""Losses of the rerankers (METHOD.md section 3): pure functions of scores and levels.
 
 B queries, M documents of a chunk; s_BM local scores, null_B the score of [NULL], level_BM in 0..3 (0 best), -1 for a
 place without a document. Each is a mean over queries first, so that N workers on equal shares agree with one.
@@ -44,6 +44,13 @@ def absolute(logits_BML: Tensor, level_BM: Tensor) -> Tensor:
     """Cross-entropy of the absolute head over its 4 levels."""
     each = F.cross_entropy(logits_BML.transpose(1, 2), level_BM.clamp_min(0), reduction="none")
     return _mean(each, (level_BM >= 0).float())
+
+
+def yes_no(logit_BM: Tensor, level_BM: Tensor) -> dict[str, Tensor]:
+    """Of the pointwise model: binary cross-entropy of "is it of level 0", by name and as "loss"."""
+    each = F.binary_cross_entropy_with_logits(logit_BM, (level_BM == 0).float(), reduction="none")
+    loss = _mean(each, (level_BM >= 0).float())
+    return {"loss": loss, "yes_no": loss}
 
 
 def all_of(s_BM: Tensor, null_B: Tensor, logits_BML: Tensor, level_BM: Tensor) -> dict[str, Tensor]:

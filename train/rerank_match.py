@@ -1,6 +1,8 @@
 """What a query and a document say of one another place by place: late interaction over the embedder's own patch tokens.
 
-B queries, M documents a query, T patches of C channels, P projected channels, L text tokens, F features.
+B queries, M documents a query, T patches of C channels and COLOURS more, P projected channels, L text tokens, F features.
+The tower learns not to trust colours, because light changes them; whether two near alike are the same is often told by colours
+alone (skin tones, flavours), so a place brings its own.
 A place that is missing or dropped out is False in its mask; a picture that is missing is a mask of False.
 """
 
@@ -9,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TRIGRAMS = 256  # buckets of the hashed byte trigrams
-FEATURES = ("cosine", "query_in_document", "document_in_query", "worst_places", "mean_patch", "same_place", "trigrams", "both_pictures")
+COLOURS = 3  # the last channels of a place: its mean red, green and blue
+FEATURES = (
+    *("cosine", "query_in_document", "document_in_query", "worst_places", "mean_patch", "same_place"),
+    *("palette_of_query", "palette_of_document", "matched_colours", "same_place_colours", "trigrams", "both_pictures"),
+)
 
 
 def whitening(patches_NC: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -48,25 +54,31 @@ class Match(nn.Module):
         nn.init.zeros_(self.salience.bias)
 
     def start_from(self, patches_NC: Tensor) -> None:
-        """Centre and projection from a sample of patches (see `whitening`)."""
-        center, projection = whitening(patches_NC, self.project.out_features)
+        """Centre and projection from a sample of patches (N, C + COLOURS); see `whitening`."""
+        center, projection = whitening(patches_NC[:, :-COLOURS], self.project.out_features)
         with torch.no_grad():
             self.center.copy_(center)
             self.project.weight.zero_()
             self.project.weight[: len(projection)] = projection
 
     def patches(self, image: Tensor, mask: Tensor) -> Tensor:
-        """(..., T, C) -> (..., T, P), unit length; zero where the mask is False."""
-        return F.normalize(self.project(image - self.center), dim=-1) * mask.unsqueeze(-1)
+        """(..., T, C + COLOURS) -> (..., T, P), unit length; zero where the mask is False."""
+        return F.normalize(self.project(image[..., :-COLOURS] - self.center), dim=-1) * mask.unsqueeze(-1)
 
     def _weights(self, patches: Tensor, mask: Tensor) -> Tensor:
         """(..., T) shares of the places that are there; they sum to 1."""
         return (self.salience(patches * patches.shape[-1] ** 0.5).squeeze(-1)).masked_fill(~mask, -1e4).softmax(-1)
 
     def forward(
-        self, q_BTP: Tensor, q_mask_BT: Tensor, d_BMTP: Tensor, d_mask_BMT: Tensor, cosine_BM: Tensor, trigrams_BM: Tensor
+        self,
+        q: tuple[Tensor, Tensor, Tensor],
+        d: tuple[Tensor, Tensor, Tensor],
+        cosine_BM: Tensor,
+        trigrams_BM: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Features (B, M, F), and for each document patch its best match: (B, M, T, P + 1), the difference and the similarity."""
+        """Of queries and documents patches, colours and masks, (B, ...) and (B, M, ...): features (B, M, F), and of each document
+        patch what its best match is: (B, M, T, P + COLOURS + 1), the differences and the similarity."""
+        (q_BTP, q_colours, q_mask_BT), (d_BMTP, d_colours, d_mask_BMT) = q, d
         sim = torch.einsum("btp,bmsp->bmts", q_BTP, d_BMTP)
         there = q_mask_BT[:, None, :, None] & d_mask_BMT[:, :, None, :]
         best_q = sim.masked_fill(~there, -1.0).amax(3)
@@ -75,12 +87,24 @@ class Match(nn.Module):
         few = max(q_BTP.shape[1] // 4, 1)
         worst = best_d.masked_fill(~d_mask_BMT, 1.0).topk(few, dim=2, largest=False).values.mean(2)
         shared = q_mask_BT[:, None] & d_mask_BMT
-        same = (torch.diagonal(sim, dim1=2, dim2=3) * shared).sum(2) / shared.sum(2).clamp_min(1)
+        same = _mean(torch.diagonal(sim, dim1=2, dim2=3), shared)
         mean = F.cosine_similarity(q_BTP.sum(1)[:, None], d_BMTP.sum(2), dim=2)
-        inside = (best_q * self._weights(q_BTP, q_mask_BT)[:, None]).sum(2)
-        covered = (best_d * self._weights(d_BMTP, d_mask_BMT)).sum(2)
-        pictured = torch.stack([inside, covered, worst, mean, same], 2) * both.unsqueeze(2)
-        features = torch.cat([cosine_BM.unsqueeze(2), pictured, trigrams_BM.unsqueeze(2), both.unsqueeze(2)], 2)
+        weights_q, weights_d = self._weights(q_BTP, q_mask_BT)[:, None], self._weights(d_BMTP, d_mask_BMT)
         rows = torch.arange(len(q_BTP), device=q_BTP.device)[:, None, None]
-        matched = (d_BMTP - q_BTP[rows, where]) * (both[..., None] * d_mask_BMT)[..., None]
-        return features, torch.cat([matched, (best_d * both[..., None] * d_mask_BMT)[..., None]], 3)
+        shift = (d_colours - q_colours[rows, where]) * there.any(2)[..., None]
+        apart = torch.cdist(q_colours[:, None].expand(-1, d_colours.shape[1], -1, -1), d_colours).masked_fill(~there, 4.0)
+        colours = [
+            (apart.amin(3) * weights_q).sum(2),
+            (apart.amin(2) * weights_d).sum(2),
+            (shift.norm(dim=3) * weights_d).sum(2),
+            _mean((q_colours[:, None] - d_colours).norm(dim=3), shared),
+        ]
+        pictured = torch.stack([(best_q * weights_q).sum(2), (best_d * weights_d).sum(2), worst, mean, same, *colours], 2)
+        features = torch.cat([cosine_BM.unsqueeze(2), pictured * both.unsqueeze(2), trigrams_BM.unsqueeze(2), both.unsqueeze(2)], 2)
+        seen = (both[..., None] * d_mask_BMT)[..., None]
+        return features, torch.cat([(d_BMTP - q_BTP[rows, where]) * seen, shift * seen, best_d[..., None] * seen], 3)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the last dimension, where the mask is True; 0 where it nowhere is."""
+    return (values * mask).sum(-1) / mask.sum(-1).clamp_min(1)

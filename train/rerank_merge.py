@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-Merge = Literal["kway", "isotonic", "relevance"]
-MERGES: tuple[Merge, ...] = ("kway", "isotonic", "relevance")
+Merge = Literal["kway", "isotonic", "relevance", "rrf"]
+MERGES: tuple[Merge, ...] = ("kway", "isotonic", "relevance", "rrf")
+RRF = 60  # of reciprocal-rank fusion (Cormack, Clarke and Buettcher 2009)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,14 @@ def isotonic(orders: Sequence[Sequence[int]], r: np.ndarray) -> list[int]:
     return [orders[k][at] for _, k, at in sorted(fitted)]
 
 
+def fused(rankings: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Reciprocal-rank fusion of rankings of some of `count` documents: by the sum of 1 / (RRF + rank), ties in the order of retrieval."""
+    key = np.zeros(count)
+    for ranking in rankings:
+        key[list(ranking)] += 1 / (RRF + 1 + np.arange(len(ranking)))
+    return np.argsort(-key.round(12), kind="stable").tolist()
+
+
 def blended(reranked: Sequence[int], weight: float) -> list[int]:
     """Weighted sum of reciprocal ranks in the reranked order and in retrieval's; ties go to retrieval."""
     key = np.zeros(len(reranked))
@@ -100,6 +109,9 @@ def arrange(scored: Scored, choice: Choice) -> list[int]:
         merged = kway(orders, r)
     elif choice.merge == "isotonic":
         merged = isotonic(orders, r)
+    elif choice.merge == "rrf":
+        by_r = np.argsort(-scored.logit, kind="stable").tolist()
+        merged = fused([range(len(r)), by_r, *orders], len(r))
     else:
         merged = np.argsort(-scored.logit, kind="stable").tolist()
     if choice.last:

@@ -24,9 +24,10 @@ from idem import cluster, folds, job, manifest, storage
 from pipelines.items import Items, open_items
 from train import ray_train, rerank_loop, rerank_select
 from train.embedder import Embedder
-from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, text_tokens, title_codes
+from train.rerank_blocks import Shape
+from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, places_shape, text_tokens, title_codes
 from train.rerank_loop import RerankConfig, State
-from train.rerank_model import ListwiseReranker, Shape
+from train.rerank_model import MODELS
 
 FOLDS = folds.RERANKER_FOLDS
 FILES = ["config.json", "model.safetensors", "curves.json"]
@@ -46,7 +47,7 @@ def too_few(table: pa.Table, config: RerankConfig) -> str:
 
 
 def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConfig, *, fields: str) -> tuple[Pool, dict[str, Lists]]:
-    """The tokens of every item that the candidates name, and the lists of both folds.
+    """The tokens of every item that the candidates name, and the lists of each fold in the table.
 
     fields: what of an item the index holds (index.fields): `both`, or `image`, the title only where there is no picture.
 
@@ -56,7 +57,7 @@ def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConf
     if len(asked) != len(asked.unique()):
         raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
     ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
-    needed = len(ids) * int(np.prod(embedder.token_shape)) * 2 >> 20
+    needed = len(ids) * int(np.prod(places_shape(embedder, config.views))) * 2 >> 20
     if needed > config.tokens_mb:
         raise ValueError(
             f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
@@ -64,14 +65,15 @@ def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConf
         )
     pool, known = _read(ids, items, embedder, config, fields)
     rows = {item_id: row for row, item_id in enumerate(ids)}
-    return pool, {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, known) for fold in FOLDS}
+    names = dict.fromkeys([*FOLDS, *table["fold"].unique().to_pylist()])
+    return pool, {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, known) for fold in names}
 
 
 def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig, fields: str) -> tuple[Pool, Known]:
     assert fields in ("both", "image"), fields
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
     pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
-    places, pictured = picture_tokens(embedder, pictures, progress="picture tokens")
+    places, pictured = picture_tokens(embedder, pictures, views=config.views, progress="picture tokens")
     texts = np.zeros((len(ids), config.text_length), np.int16)
     tokens = text_tokens(embedder, titles, config.text_length).numpy()
     texts[:, : tokens.shape[1]] = tokens
@@ -158,7 +160,7 @@ def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], 
 
 def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, fields: str) -> dict[str, Any]:
     pool, fold_lists = gather(table, items, embedder, config, fields=fields)
-    shape = config.shape(*embedder.token_shape, embedder.vocabulary)
+    shape = config.shape(*places_shape(embedder, config.views), embedder.vocabulary)
     checkpoints = storage.local_path(storage.join(made.parent, "checkpoints")).absolute()
     cluster.connect(num_cpus=config.workers)
     folder = fit(config, shape, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
@@ -166,7 +168,7 @@ def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: It
     if state["failed"]:
         raise ValueError(f"reranker training failed: {state['failed']} in {folder / 'best.safetensors'}; a smaller rerank.lr may help")
     weights = load_file(folder / "best.safetensors")
-    model = ListwiseReranker(shape)
+    model = MODELS[config.model](shape)
     model.load_state_dict(weights)
     settings = rerank_select.judge(model.eval(), config, pool, fold_lists["calibrate"])
     figures = {
@@ -179,7 +181,7 @@ def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: It
         "parameters": sum(value.numel() for value in weights.values()),
         **{kind: rerank_select.summary(served) for kind, served in settings.items()},
     }
-    said = {"identity": False, "embedder": embedder.id, "chunk": config.chunk, "shape": shape.model_dump()}
+    said = {"identity": False, "model": config.model, "embedder": embedder.id, "chunk": config.chunk, "shape": shape.model_dump()}
     publish(made, {**said, "served": {kind: served.model_dump() for kind, served in settings.items()}}, weights, state["curves"])
     made.write(figures=figures, files=FILES)
     shutil.rmtree(checkpoints / made.id, ignore_errors=True)

@@ -1,22 +1,28 @@
-"""From tensors to what a reranker says of one list: used by the service and by the choice that is made for it."""
+"""From tensors to what a reranker says of each list: used by the service and by the choice that is made for it."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
 
+from train.rerank_blocks import Batch, Encoded
+from train.rerank_data import in_time
 from train.rerank_merge import Scored
-from train.rerank_model import Batch, Encoded, ListwiseReranker
+from train.rerank_model import Model, PointwiseReranker
 
 SLICE = 128  # documents encoded at a time, which bounds memory for long lists
 
 
-def _encode(model: ListwiseReranker, batch: Batch) -> Encoded:
-    """`model.encode` of one query in slices of its documents; blocks do not see one another, so nothing changes."""
+def _encode(model: Model, batch: Batch, until: float) -> Encoded:
+    """`model.encode` in slices of the documents; blocks do not see one another, so nothing changes."""
     parts = []
-    for start in range(0, batch.cosine.shape[1], SLICE):
+    step = max(1, SLICE // len(batch.cosine))
+    for start in range(0, batch.cosine.shape[1], step):
+        in_time(until)
         names = ("d_image", "d_mask", "d_text", "cosine", "level")
-        parts.append(model.encode(dataclasses.replace(batch, **{n: getattr(batch, n)[:, start : start + SLICE] for n in names})))
+        parts.append(model.encode(dataclasses.replace(batch, **{n: getattr(batch, n)[:, start : start + step] for n in names})))
+    in_time(until)
     if len(parts) == 1:
         return parts[0]
     return dataclasses.replace(
@@ -29,27 +35,38 @@ def _encode(model: ListwiseReranker, batch: Batch) -> Encoded:
 
 
 @torch.inference_mode()
-def score(model: ListwiseReranker, batch: Batch, *, chunk: int) -> Scored:
-    """Score one query (B = 1) against N >= 1 documents in canonical order: chunks of `chunk`, then one comparison of the
-    `chunk` best by r."""
-    encoded = _encode(model, batch)
-    count = batch.cosine.shape[1]
-    picks = torch.arange(-(-count // chunk) * chunk).reshape(1, -1, chunk)
-    there = picks < count
-    s, null = model.compare(encoded, picks.clamp_max(count - 1), there)
-    levels = encoded.levels[0].double()
-    logit = (levels[:, 0] - levels[:, 1:].logsumexp(1)).numpy()
+def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) -> list[Scored]:
+    """Score B queries, each against its own documents (N >= 1 of them have a level, and come first) in canonical order: chunks of
+    `chunk`, then one comparison of the `chunk` best by r. All comparisons of all queries are one batch. TimeoutError where
+    time.perf_counter passes `until`."""
+    encoded = _encode(model, batch, until)
+    counts = (batch.level >= 0).sum(1)
+    if isinstance(model, PointwiseReranker):
+        logits = model.answers(encoded).double().numpy()
+        return [_apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
+    queries, width = batch.level.shape
+    picks = torch.arange(-(-width // chunk) * chunk).reshape(1, -1, chunk).expand(queries, -1, -1)
+    s, null = model.compare(encoded, picks.clamp_max(width - 1), picks < counts[:, None, None])
+    levels = encoded.levels.double()
+    logits = (levels[..., 0] - levels[..., 1:].logsumexp(-1)).numpy()
+    best = [np.sort(np.argsort(-logit[:n], kind="stable")[:chunk]) for logit, n in zip(logits, counts.tolist(), strict=True)]
+    last = torch.from_numpy(np.stack([np.pad(row, (0, chunk - len(row)), constant_values=-1) for row in best]))[:, None]
+    final = model.compare(encoded, last.clamp_min(0), last >= 0)[0] if width > chunk else s[:, :1]
+    local, nulls = s.flatten(1).double().numpy(), null.repeat_interleave(chunk, 1).double().numpy()
+    return [
+        Scored(
+            chunk=chunk,
+            local=local[b, :n],
+            null=nulls[b, :n],
+            logit=logits[b, :n],
+            finalists=best[b],
+            final=final[b, 0, : len(best[b])].double().numpy(),
+        )
+        for b, n in enumerate(counts.tolist())
+    ]
+
+
+def _apart(logit: np.ndarray, chunk: int) -> Scored:
+    """What was judged pair by pair, as if it had been compared: the order of any chunk is that of all."""
     finalists = np.sort(np.argsort(-logit, kind="stable")[:chunk])
-    if count > chunk:
-        final = model.compare(encoded, torch.from_numpy(finalists)[None, None], torch.ones(1, 1, len(finalists), dtype=torch.bool))[0][0, 0]
-    else:
-        final = s[0, 0, :count]
-    local = s.flatten()[:count].double().numpy()
-    return Scored(
-        chunk=chunk,
-        local=local,
-        null=null[0].repeat_interleave(chunk)[:count].double().numpy(),
-        logit=logit,
-        finalists=finalists,
-        final=final.double().numpy(),
-    )
+    return Scored(chunk=chunk, local=logit, null=np.zeros_like(logit), logit=logit, finalists=finalists, final=logit[finalists])

@@ -9,16 +9,17 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from idem import metrics
-from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, served
+from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, padded, served
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import MERGES, Choice, Scored, arrange, probability
-from train.rerank_model import ListwiseReranker
+from train.rerank_model import Model
 from train.rerank_score import score
 
 RETRIEVAL = Choice(blend=0.0, last=False)
 CHOICES = (RETRIEVAL, *(Choice(merge=m, last=last, blend=b) for m in MERGES for last in (False, True) for b in (0.25, 0.5, 0.75, 1.0)))
 COST = 0.01  # of R@1: reranking never costs more than one point
 FEWEST_FAMILIES = 8  # the standard error from 8 is itself known to a quarter (1 / sqrt(2 * 7)); from fewer it decides nothing
+GROUP = 8  # queries scored at a time
 ABSENT = 0.3  # weight of the case that a query's product is not in the gallery, as in METHOD.md section 4
 
 
@@ -48,18 +49,23 @@ class Measured:
     families: np.ndarray
 
 
-def measure(model: ListwiseReranker, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
+def measure(model: Model, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
     """Score at most `queries` lists, spread over the families, as the service would."""
     able = (source.told | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text"))
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(able))[:queries]
     scored, levels = [], []
-    for query in tqdm(chosen, desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5):
-        numbers = served(source, int(query), kind, depth)
-        cosine = source.cosines[KINDS.index(kind), query][numbers][None]
-        found = source.levels[query][numbers]
-        batch = assemble(pool, source.queries[[query]], [kind], source.documents[query][numbers][None], cosine, found[None])
-        scored.append(score(model, batch, chunk=chunk))
-        levels.append(found)
+    with tqdm(total=len(chosen), desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5) as bar:
+        for group in np.split(chosen, range(GROUP, len(chosen), GROUP)) if len(chosen) else []:
+            numbers = [served(source, int(query), kind, depth) for query in group]
+            documents, cosines, found = (
+                [table[query][row] for query, row in zip(group, numbers, strict=True)]
+                for table in (source.documents, source.cosines[KINDS.index(kind)], source.levels)
+            )
+            kinds: list[Kind] = [kind] * len(group)
+            batch = assemble(pool, source.queries[group], kinds, padded(documents), padded(cosines, 0), padded(found))
+            scored += score(model, batch, chunk=chunk)
+            levels += found
+            bar.update(len(group))
     return Measured(scored=scored, levels=levels, families=source.families[chosen])
 
 
@@ -151,7 +157,7 @@ def calibration(measured: Measured, choice: Choice, slope: float, bias: float) -
     }
 
 
-def judge(model: ListwiseReranker, config: RerankConfig, pool: Pool, calibrate: Lists) -> dict[Kind, Served]:
+def judge(model: Model, config: RerankConfig, pool: Pool, calibrate: Lists) -> dict[Kind, Served]:
     """What to serve for each kind of query. A kind that the fold has no query of keeps retrieval's order, and r as for pictures."""
     settings: dict[Kind, Served] = {}
     for kind in KINDS:

@@ -3,10 +3,10 @@
 import json
 import math
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from safetensors.torch import load_file
@@ -14,22 +14,16 @@ from safetensors.torch import load_file
 from idem import manifest, storage
 from idem.types import Document, Query, Ranking
 from train.embedder import Embedder
-from train.rerank_data import KINDS, Kind, Pool, Reader, assemble, kind_of, picture_tokens, text_tokens
-from train.rerank_merge import arrange, probability
-from train.rerank_model import Batch, ListwiseReranker, Shape
+from train.rerank_blocks import Batch, Shape
+from train.rerank_data import KINDS, Kind, Pool, Reader, assemble, kind_of, padded, picture_tokens, text_tokens
+from train.rerank_merge import Scored, arrange, probability
+from train.rerank_model import MODELS, Model
 from train.rerank_score import score
 from train.rerank_select import RETRIEVAL, Served
+from train.rerank_twins import IdentityReranker, Mode, OverlapReranker, canonical, check, retrieved
 
-Mode = Literal["listwise", "pointwise"]
-MODES: tuple[Mode, ...] = ("listwise", "pointwise")
+__all__ = ["IdentityReranker", "Mode", "OverlapReranker", "Reranker", "canonical"]
 CACHE_BYTES = 256 << 20
-
-
-def canonical(documents: Sequence[Document]) -> list[int]:
-    """Positions, best retrieval score first, ties by what the documents are, so that the order they came in tells nothing.
-    A score that is not finite counts as the worst."""
-    keys = [(-d.score if math.isfinite(d.score) else math.inf, d.item_id, d.text, d.image or b"", i) for i, d in enumerate(documents)]
-    return [key[-1] for key in sorted(keys)]
 
 
 class TokenCache:
@@ -69,32 +63,15 @@ def _size(tokens: np.ndarray | None) -> int:
     return tokens.nbytes if tokens is not None else 0
 
 
-class IdentityReranker:
-    """The trivial twin: retrieval's order stands. It knows no probability: what it gives as r is the cosine, cut to 0..1, good
-    for comparisons alone. A service tells it by `identity` and serves retrieval, without an r. NULL is a cosine of zero."""
-
-    identity = True
-
-    def __init__(self) -> None:
-        self.faults = 0
-
-    def rerank(self, query: Query, documents: Sequence[Document], *, mode: Mode = "listwise") -> Ranking:
-        _check(mode)
-        scores = [d.score if math.isfinite(d.score) else -1.0 for d in documents]
-        return Ranking(
-            order=tuple(canonical(documents)), relevance=tuple(min(max(s, 0.0), 1.0) for s in scores), null=tuple(float(s) for s in scores)
-        )
-
-
 class Reranker:
     """`faults` counts documents and queries that could not be read whole: a picture that does not decode, a score that is
-    not a number. They are ranked by what is left of them."""
+    not a number, which are ranked by what is left of them; and lists that the model gives no numbers for, as with broken weights."""
 
     identity = False
 
     def __init__(
         self,
-        model: ListwiseReranker,
+        model: Model,
         reader: Reader,
         *,
         served: dict[Kind, Served],
@@ -120,61 +97,88 @@ class Reranker:
         embedder = Embedder.load(embedder_path)
         if config["embedder"] != embedder.id:
             raise ValueError(f"the reranker at {path} reads with embedder {config['embedder']}, found {embedder.id} at {embedder_path}")
-        model = ListwiseReranker(Shape(**config["shape"]))
+        model = MODELS[config.get("model", "listwise")](Shape(**config["shape"]))
         model.load_state_dict(load_file(storage.local_path(storage.join(path, "model.safetensors"))))
         served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
         return cls(model, embedder, served=served, chunk=config["chunk"], id=made.id)
 
-    def rerank(self, query: Query, documents: Sequence[Document], *, mode: Mode = "listwise") -> Ranking:
+    def rerank(self, query: Query, documents: Sequence[Document], *, mode: Mode = "listwise", max_ms: float | None = None) -> Ranking:
         """Order `documents` for `query`: "listwise" as chosen on the calibrate fold for this kind of query, "pointwise" by r.
 
-        Every document is in the answer, whatever is wrong with it; the answer does not depend on the order they come in.
+        Every document is in the answer, whatever is wrong with it; the answer does not depend on the order they come in. Where
+        `max_ms` milliseconds are over before the end, or the model gives no numbers, retrieval's order, marked as degraded.
         """
-        _check(mode)
-        if not documents:
-            return Ranking(order=(), relevance=(), null=())
-        positions = canonical(documents)
-        batch, kind = self._read(query, [documents[i] for i in positions])
-        scored = score(self.model, batch, chunk=self.chunk)
+        return self.rerank_many([query], [documents], mode=mode, max_ms=max_ms)[0]
+
+    def rerank_many(
+        self,
+        queries: Sequence[Query],
+        documents: Sequence[Sequence[Document]],
+        *,
+        mode: Mode = "listwise",
+        max_ms: float | None = None,
+    ) -> list[Ranking]:
+        """As `rerank`, for the requests of several users as one batch; `max_ms` is for all of it."""
+        check(mode)
+        until = math.inf if max_ms is None else time.perf_counter() + max_ms / 1e3
+        positions = [canonical(each) for each in documents]
+        some = [i for i, each in enumerate(documents) if each]
+        rankings = [retrieved(order) if order else Ranking(order=(), relevance=(), null=()) for order in positions]
+        if not some:
+            return rankings
+        asked = [queries[i] for i in some]
+        try:
+            batch, kinds = self._read(asked, [[documents[i][p] for p in positions[i]] for i in some], until)
+            scored = score(self.model, batch, chunk=self.chunk, until=until)
+        except TimeoutError:
+            return rankings
+        for at, (i, kind) in enumerate(zip(some, kinds, strict=True)):
+            readable = bool(batch.q_mask[at].any() or batch.q_text[at].any())
+            rankings[i] = self._ranking(scored[at], positions[i], kind, mode, readable=readable)
+        return rankings
+
+    def _ranking(self, scored: Scored, positions: list[int], kind: Kind, mode: Mode, *, readable: bool) -> Ranking:
+        if not all(np.isfinite(each).all() for each in (scored.local, scored.null, scored.logit, scored.final)):
+            self.faults += 1
+            return retrieved(positions)
         served = self.served[kind]
-        readable = bool(batch.q_mask.any() or batch.q_text.any())
         choice = served.choice if readable else RETRIEVAL
         order = arrange(scored, choice) if mode == "listwise" else np.argsort(-scored.logit, kind="stable").tolist()
-        relevance, null = np.zeros(len(documents)), np.zeros(len(documents))
+        relevance, null = np.zeros(len(positions)), np.zeros(len(positions))
         relevance[positions] = probability(scored.logit, served.slope, served.bias)
         null[positions] = scored.local - scored.null
         return Ranking(order=tuple(positions[i] for i in order), relevance=tuple(relevance.tolist()), null=tuple(null.tolist()))
 
-    def _read(self, query: Query, documents: Sequence[Document]) -> tuple[Batch, Kind]:
-        """Tensors of one query and N documents, and the kind of query that is left when its picture does not decode."""
-        places, pictured = picture_tokens(self.reader, [query.image])
-        self.faults += int(bool(query.image) and not pictured[0])
-        kind = kind_of(query) if pictured[0] else "text"
-        d_places, d_pictured = self._pictures(documents)
-        finite = np.array([math.isfinite(d.score) for d in documents])
+    def _read(self, queries: Sequence[Query], documents: Sequence[Sequence[Document]], until: float) -> tuple[Batch, list[Kind]]:
+        """Tensors of B queries and their documents, and the kind of query that is left of each when its picture does not decode.
+        TimeoutError where `until` (time.perf_counter) passes."""
+        places, pictured = picture_tokens(self.reader, [query.image for query in queries], views=self.model.shape.views, until=until)
+        self.faults += sum(bool(query.image) and not there for query, there in zip(queries, pictured, strict=True))
+        kinds: list[Kind] = [kind_of(query) if there else "text" for query, there in zip(queries, pictured, strict=True)]
+        every = [document for each in documents for document in each]
+        d_places, d_pictured = self._pictures(every, until)
+        finite = np.array([math.isfinite(d.score) for d in every])
         self.faults += int((~finite).sum())
-        cosine = np.array([d.score if ok else -1.0 for d, ok in zip(documents, finite, strict=True)], np.float32).clip(-1, 1)
-        tokens = text_tokens(self.reader, [query.text, *(d.text for d in documents)], self.model.shape.text_length)
+        cosine = np.array([d.score if ok else -1.0 for d, ok in zip(every, finite, strict=True)], np.float32).clip(-1, 1)
+        tokens = text_tokens(self.reader, [*(query.text for query in queries), *(d.text for d in every)], self.model.shape.text_length)
         pool = Pool(places=np.concatenate([places, d_places]), pictured=np.concatenate([pictured, d_pictured]), texts=tokens.numpy())
-        rows = np.arange(1, 1 + len(documents))[None]
-        return assemble(pool, np.array([0]), [kind], rows, cosine[None], np.full(rows.shape, 3)), kind
+        ends = np.cumsum([len(each) for each in documents])[:-1]
+        rows = padded(np.split(np.arange(len(queries), len(queries) + len(every)), ends))
+        cosines = padded(np.split(cosine, ends), 0)
+        return assemble(pool, np.arange(len(queries)), kinds, rows, cosines, np.where(rows >= 0, 3, -1)), kinds
 
-    def _pictures(self, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    def _pictures(self, documents: Sequence[Document], until: float) -> tuple[np.ndarray, np.ndarray]:
         """(N, T, C) tokens and (N,) whether there is a picture, from the cache where they are known."""
         keys = [TokenCache.key(d) for d in documents]
         tokens = {key: known[1] for key in dict.fromkeys(keys) if (known := self.cache.get(key))[0]}
         new = {key: d.image for key, d in zip(keys, documents, strict=True) if key not in tokens}
         if new:
-            places, pictured = picture_tokens(self.reader, list(new.values()))
+            places, pictured = picture_tokens(self.reader, list(new.values()), views=self.model.shape.views, until=until)
             for key, place, there in zip(new, places, pictured, strict=True):
                 tokens[key] = place.copy() if there else None
                 self.cache.put(key, tokens[key])
         pictured = np.array([tokens[key] is not None for key in keys])
         self.faults += sum(bool(d.image) and not there for d, there in zip(documents, pictured, strict=True))
-        blank = np.zeros(self.reader.token_shape, np.float16)
+        shape = self.model.shape
+        blank = np.zeros((shape.tokens, shape.channels), np.float16)
         return np.stack([blank if (t := tokens[key]) is None else t for key in keys]), pictured
-
-
-def _check(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; allowed are {', '.join(MODES)}")

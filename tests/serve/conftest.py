@@ -26,9 +26,10 @@ from serve.api import Picture
 from serve.engine import Answer, Engine
 from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
-from train.rerank_data import KINDS
+from train.rerank_blocks import Shape
+from train.rerank_data import KINDS, places_shape
 from train.rerank_merge import Choice
-from train.rerank_model import ListwiseReranker, Shape
+from train.rerank_model import ListwiseReranker
 from train.rerank_select import Served
 
 SMALL = CompactConfig(side=32, widths=(4, 4, 8, 8), dim=16, text_dim=8, text_layers=1, text_length=16)
@@ -159,9 +160,10 @@ def releases(colour_shop, tmp_path_factory) -> str:
     plan = manifest.Plan(parent=layout.embedder, kind="embedder", config={"fractions": (0.4, 0.4, 0.2)}, inputs={})
     embedder = Embedder.load(write_model(plan, SMALL.model_dump(), {"model": Compact(SMALL), "untrained": Compact(SMALL)}))
     write_index(root, embedder, version)
-    shape = Shape(tokens=embedder.token_shape[0], channels=embedder.token_shape[1], vocabulary=embedder.vocabulary, width=16, heads=2)
+    tokens, channels = places_shape(embedder, 1)
+    shape = Shape(tokens=tokens, channels=channels, vocabulary=embedder.vocabulary, width=16, heads=2)
     served = {kind: Served(choice=Choice(blend=1.0)).model_dump() for kind in KINDS}
-    said = {"identity": False, "embedder": embedder.id, "chunk": 4, "shape": shape.model_dump(), "served": served}
+    said = {"identity": False, "model": "listwise", "embedder": embedder.id, "chunk": 4, "shape": shape.model_dump(), "served": served}
     plan = manifest.Plan(parent=layout.reranker, kind="reranker", config={}, inputs={"embedder": embedder.id})
     write_model(plan, said, {"model": ListwiseReranker(shape)})
     release.run(release.ReleaseConfig(root=root, name="tiny"))

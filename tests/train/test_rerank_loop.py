@@ -11,10 +11,11 @@ import torch
 
 from idem import schema
 from train import rerank_loop, rerank_select
+from train.rerank_blocks import Batch
 from train.rerank_data import KINDS, Known, Lists, Pool, draw, lists, served, title_codes
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import Scored, arrange, probability
-from train.rerank_model import Batch
+from train.rerank_model import Kind
 from train.rerank_score import score
 
 PRODUCTS, PHOTOS, PLACES, CHANNELS = 32, 4, 4, 8
@@ -88,7 +89,7 @@ def test_two_workers_on_half_a_batch_have_the_gradient_of_one() -> None:
     def gradient(slots: range) -> torch.Tensor:
         batch = draw(pool, made["rerank"], slots=slots, seed=0, step=0, chunk=5, settings=CONFIG)
         state.model.zero_grad()
-        rerank_loop.losses(state.model, batch)["loss"].backward()
+        rerank_loop.losses(state.model, batch)[0]["loss"].backward()
         return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
 
     one, two = gradient(range(8)), (gradient(range(4)) + gradient(range(4, 8))) / 2
@@ -230,11 +231,42 @@ def test_a_service_sees_the_best_row_of_each_product() -> None:
 def test_long_lists_are_scored_in_slices_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, made, state = fresh()
     batch = draw(pool, made["rerank"], slots=[0], seed=0, step=0, chunk=18, settings=CONFIG)
-    one = score(state.model.eval(), batch, chunk=5)
+    (one,) = score(state.model.eval(), batch, chunk=5)
     monkeypatch.setattr("train.rerank_score.SLICE", 4)
-    two = score(state.model, batch, chunk=5)
+    (two,) = score(state.model, batch, chunk=5)
     for name in ("local", "null", "logit", "final"):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["listwise", "pointwise"])
+def test_several_lists_are_scored_at_once_as_each_alone(model: Kind) -> None:
+    config = CONFIG.model_copy(update={"model": model})
+    pool, made, state = fresh(config)
+    with torch.no_grad():
+        for p in state.model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    batch = draw(pool, made["rerank"], slots=range(6), seed=0, step=0, chunk=18, settings=config)
+    assert len(set((batch.level >= 0).sum(1).tolist())) > 1, "lists of one length would not tell"
+    for row, together in enumerate(score(state.model.eval(), batch, chunk=5)):
+        count = int((batch.level[row] >= 0).sum())
+        names = ("q_image", "q_mask", "q_text")
+        alone = {name: getattr(batch, name)[[row]] if name in names else getattr(batch, name)[[row], :count] for name in vars(batch)}
+        (one,) = score(state.model, Batch(**alone), chunk=5)
+        assert one.finalists.tolist() == together.finalists.tolist()
+        for name in ("local", "null", "logit", "final"):
+            np.testing.assert_allclose(getattr(one, name), getattr(together, name), atol=1e-5)
+
+
+def test_the_pointwise_model_learns_too_and_sees_two_views() -> None:
+    config = CONFIG.model_copy(update={"model": "pointwise"})
+    pool, made, state = fresh(config)
+    assert config.views == 2
+    rerank_loop.train(state, config, pool, made["rerank"], made["calibrate"])
+    looks = [c["calibrate_yes_no"] for c in state.curves if "calibrate_yes_no" in c]
+    assert min(looks) < 0.9 * looks[0]
+    state.model.load_state_dict(state.best)
+    said = rerank_select.summary(rerank_select.judge(state.model.eval(), config, pool, made["calibrate"])["image"])
+    assert said["chosen"]["R@1"] > said["retrieval"]["R@1"] + 0.1
 
 
 def _measured(logit_of_right: float, *, queries: int = 60, families: int = 15) -> rerank_select.Measured:

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from train.rerank_merge import Choice, Scored, arrange, blended, isotonic, kway, local_orders, pool_adjacent_violators, probability
+from train.rerank_merge import (
+    RRF,
+    Choice,
+    Scored,
+    arrange,
+    blended,
+    fused,
+    isotonic,
+    kway,
+    local_orders,
+    pool_adjacent_violators,
+    probability,
+)
 from train.rerank_select import CHOICES, RETRIEVAL
 
 
@@ -40,6 +52,14 @@ def test_kway_emits_the_head_with_the_largest_r() -> None:
         best = max((queue for queue in queues if queue), key=lambda queue: r[queue[0]])
         slow.append(best.pop(0))
     assert kway(local_orders(s.local, 5), r) == slow
+
+
+def test_fusion_is_the_sum_of_reciprocal_ranks() -> None:
+    random = np.random.default_rng(0)
+    rankings = [random.permutation(9).tolist(), random.permutation(9).tolist(), [4, 2], [7, 0, 1]]
+    key = [sum(1 / (RRF + 1 + ranking.index(i)) for ranking in rankings if i in ranking) for i in range(9)]
+    assert fused(rankings, 9) == sorted(range(9), key=lambda i: (-round(key[i], 12), i))
+    assert fused([], 3) == [0, 1, 2]
 
 
 def test_a_bad_head_holds_up_kway_but_not_isotonic() -> None:

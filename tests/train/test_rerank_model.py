@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from train.rerank_model import Batch, ListwiseReranker, Shape
+from train.rerank_blocks import Batch, Shape
+from train.rerank_model import MODELS, Kind, ListwiseReranker, PointwiseReranker
 
 SHAPE = Shape(tokens=36, channels=24, vocabulary=260, width=32, layers=2, heads=4, match=16, text_length=16)
 
@@ -112,11 +113,32 @@ def test_index_tokens_are_not_seen_by_what_r_pools() -> None:
     assert float(made.role.grad[1].abs().max()) > 0
 
 
-def test_every_weight_takes_part_in_the_losses() -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_weight_takes_part_in_the_losses(kind: Kind) -> None:
     """DistributedDataParallel waits for a gradient of every parameter, also where no query has a text."""
-    made = ListwiseReranker(SHAPE)
+    made = MODELS[kind](SHAPE)
     b = batch()
     for one in (b, dataclasses.replace(b, q_text=torch.zeros_like(b.q_text), d_text=torch.zeros_like(b.d_text))):
         made.zero_grad()
-        torch.stack([part.sum() for part in made(one)]).sum().backward()
+        said = made(one)
+        torch.stack([part.sum() for part in (said if isinstance(said, tuple) else [said])]).sum().backward()
         assert [name for name, p in made.named_parameters() if p.grad is None] == []
+
+
+@torch.inference_mode()
+def test_a_pair_is_judged_by_itself_and_untrained_by_its_cosine() -> None:
+    made, b = PointwiseReranker(SHAPE).eval(), batch()
+    torch.testing.assert_close(made(b), 20 * b.cosine)
+    torch.manual_seed(1)
+    for p in made.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    torch.testing.assert_close(made(of_documents(b, [4, 2])), made(b)[:, [4, 2]], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_two_views_are_read_place_by_place() -> None:
+    """Neighbours are merged within a view, never across two."""
+    made = PointwiseReranker(SHAPE.model_copy(update={"tokens": 72, "views": 2}))
+    patches = torch.randn(2, 72, 5)
+    one = PointwiseReranker(SHAPE)
+    torch.testing.assert_close(made._merged(patches), torch.cat([one._merged(patches[:, :36]), one._merged(patches[:, 36:])], 1))

@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from idem import manifest
+from idem import images, manifest
 from idem.types import Document, Query
 from train.backbones.compact import VOCABULARY, Compact, CompactConfig
 from train.embedder import Embedder
-from train.rerank_data import KINDS, Kind
+from train.rerank_blocks import Shape
+from train.rerank_data import KINDS, Kind, colours, places_shape, seen
 from train.rerank_merge import Choice
-from train.rerank_model import ListwiseReranker, Shape
+from train.rerank_model import ListwiseReranker
 from train.rerank_select import RETRIEVAL, Served
-from train.reranker import IdentityReranker, Reranker, TokenCache, canonical
+from train.reranker import IdentityReranker, Mode, OverlapReranker, Reranker, TokenCache, canonical
 
 SERVED: dict[Kind, Served] = {kind: Served(choice=Choice(merge="isotonic")) for kind in KINDS}
 TINY = CompactConfig(side=32, widths=(8, 8, 8, 8), dim=16, text_dim=16, text_layers=1)
@@ -41,7 +42,7 @@ def documents(count: int) -> list[Document]:
 def make(served: dict[Kind, Served] = SERVED, *, cache_bytes: int = 1 << 24) -> Reranker:
     torch.manual_seed(0)
     embedder = Embedder(Compact(TINY))
-    tokens, channels = embedder.token_shape
+    tokens, channels = places_shape(embedder, 1)
     model = ListwiseReranker(Shape(tokens=tokens, channels=channels, vocabulary=VOCABULARY, width=32, heads=4, match=8, text_length=16))
     with torch.no_grad():
         for p in model.parameters():
@@ -94,7 +95,9 @@ def test_r_is_the_documents_own(reranker: Reranker) -> None:
     told = reranker.rerank(QUERIES[2], shown).relevance
     alone = [reranker.rerank(QUERIES[2], [d]).relevance[0] for d in shown]
     assert float(np.abs(np.array(told) - alone).max()) < 1e-4
-    assert np.std(told) > 1e-3, "a constant r would pass"
+    said, by_itself = (np.log(r) - np.log1p(-r) for r in (np.array(told), np.array(alone)))
+    assert float(np.abs(said - by_itself).max()) < 1e-3, "these weights give small r, which differ little"
+    assert np.std(said) > 0.1, "a constant r would pass"
 
 
 def test_bad_documents_are_counted_and_kept() -> None:
@@ -175,10 +178,65 @@ def reranker_artifact(folder: Path, reranker: Reranker, config: dict[str, object
     return made
 
 
+@pytest.mark.parametrize("mode", ["listwise", "pointwise"])
+def test_requests_of_several_users_are_answered_as_each_alone(reranker: Reranker, mode: Mode) -> None:
+    lists = [documents(23), [], documents(3), documents(12)[::-1]]
+    together = reranker.rerank_many(QUERIES, lists, mode=mode)
+    for query, shown, ranking in zip(QUERIES, lists, together, strict=True):
+        alone = reranker.rerank(query, shown, mode=mode)
+        assert (ranking.order, ranking.degraded) == (alone.order, False if shown else alone.degraded)
+        np.testing.assert_allclose(ranking.relevance, alone.relevance, atol=1e-4)
+        np.testing.assert_allclose(ranking.null, alone.null, atol=1e-3)
+
+
+def test_when_time_is_over_the_order_of_retrieval_is_returned_and_says_so(reranker: Reranker) -> None:
+    shown = documents(23)
+    late = reranker.rerank(QUERIES[0], shown, max_ms=0)
+    assert late.degraded
+    assert list(late.order) == canonical(shown)
+    assert all(math.isnan(r) for r in (*late.relevance, *late.null))
+    in_time = reranker.rerank(QUERIES[0], shown, max_ms=60_000)
+    assert in_time == reranker.rerank(QUERIES[0], shown)
+    assert not in_time.degraded
+
+
+def test_weights_that_are_no_numbers_keep_the_order_of_retrieval_and_are_counted() -> None:
+    reranker, shown = make(), documents(12)
+    with torch.no_grad():
+        reranker.model.scale.fill_(torch.nan)
+    ranking = reranker.rerank(QUERIES[0], shown)
+    assert (list(ranking.order), ranking.degraded, reranker.faults) == (canonical(shown), True, 1)
+
+
+def test_colours_are_means_of_cells() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3), np.uint8)
+    found = colours(pixels, 9)
+    np.testing.assert_allclose(found[1, 5], pixels[1, 4:8, 8:12].reshape(-1, 3).mean(0) / 127.5 - 1, atol=1e-5)
+    np.testing.assert_allclose(colours(pixels, 7)[0, 6], pixels[0].reshape(-1, 3).mean(0) / 127.5 - 1, atol=1e-5)
+
+
+def test_a_second_view_is_the_middle() -> None:
+    data = picture(3)
+    whole_view, middle = seen(data, 28, 2)
+    np.testing.assert_array_equal(whole_view, seen(data, 28, 1)[0])
+    np.testing.assert_array_equal(middle, images.pixels(data, 40)[6:34, 6:34])
+
+
+def test_letters_that_query_and_document_share() -> None:
+    texts = ["a green cup", "red cups", "tea", "Red  Cup"]
+    shown = [Document(item_id=f"i{i}", text=text, image=None, score=0.1 * i) for i, text in enumerate(texts)]
+    told = OverlapReranker().rerank(Query(text="red cup"), shown)
+    assert told.order == (3, 1, 0, 2)
+    assert told.relevance[3] == pytest.approx(1)
+    assert told.relevance[2] == 0
+    assert list(OverlapReranker().rerank(QUERIES[0], shown).order) == canonical(shown)
+
+
 def test_load_gives_what_was_saved_and_knows_its_embedder(tmp_path: Path) -> None:
     reranker, embedder = make(), embedder_artifact(tmp_path)
     served = {kind: SERVED[kind].model_dump() for kind in KINDS}
-    said = {"identity": False, "embedder": embedder.id, "chunk": 10, "shape": reranker.model.shape.model_dump(), "served": served}
+    shape = reranker.model.shape.model_dump()
+    said = {"identity": False, "model": "listwise", "embedder": embedder.id, "chunk": 10, "shape": shape, "served": served}
     made = reranker_artifact(tmp_path, reranker, said)
     loaded = Reranker.load(made.folder, embedder_path=embedder.folder)
     assert isinstance(loaded, Reranker)
