@@ -25,7 +25,7 @@ from train.neighbours import nearest
 
 EXACT_ROWS = 65_536  # so few are compared one by one, which costs less than an index that has to look for them in more lists
 KEPT_FILTERS = 16  # each a bit an item, and the stored vectors of EXACT_ROWS at most
-SPARE, TIED = 1, 16  # FAISS cuts ties in an order of its own: one more tells whether there is one, and then so many more are fetched
+SPARE, TIED = 4, 32  # FAISS cuts ties in an order of its own: a few more are fetched, and many where all those are as near as the last
 
 _forked = False  # OpenMP's threads are not there in a forked child, which would wait for them for ever: it works on one
 
@@ -157,12 +157,12 @@ class Shard:
         return self.meta["item_id"].to_pylist()
 
     def nearest(self, vectors: np.ndarray, k: int, allowed: Allowed | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n, m) and rows (n, m) of the k best and SPARE more, m at most the shard's size; row -1 where fewer were found. Of those
-        as near as the k-th, up to TIED, the smaller item_ids are taken."""
+        """Scores (n, m) and rows (n, m) of the k best and SPARE more, m at most the shard's size; row -1 where fewer were found. Where all
+        of those are as near as the k-th, the smaller item_ids of up to TIED are taken."""
         scores, rows = self._fetched(vectors, k, SPARE, allowed)
         if scores.shape[1] <= k:
             return scores, rows
-        cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
+        cut = (scores[:, -1] == scores[:, k - 1]) & (rows[:, -1] >= 0)
         if cut.any():
             more, found = self._fetched(vectors[cut], k, TIED, allowed)
             scores[cut], rows[cut] = more[:, : scores.shape[1]], by_id(more, found, self.ids_at)[:, : scores.shape[1]]
