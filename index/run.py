@@ -59,11 +59,14 @@ class Chosen:
 
 def choose(items: Items, gallery: str, per_product: int) -> Chosen:
     """Apply the filter or the automatic rule to the items at hand. ValueError for a filter that Lance cannot read."""
-    try:
-        allowed = items.table(plan.NAMES if gallery else plan.GALLERY_COLUMNS, gallery or None)
-        positions = items.positions(gallery) if gallery else np.arange(allowed.num_rows)
-    except ValueError as error:
-        raise ValueError(f"the filter gallery = {gallery!r} cannot be applied to the items: {error}") from error
+    if gallery:
+        try:
+            allowed, positions = items.table(plan.NAMES, gallery), items.positions(gallery)
+        except ValueError as error:
+            raise ValueError(f"the filter gallery = {gallery!r} cannot be applied to the items: {error}") from error
+    else:
+        allowed = items.table(plan.GALLERY_COLUMNS)
+        positions = np.arange(allowed.num_rows)
     chosen = plan.choose_gallery(allowed, filter_was_given=bool(gallery), per_product=per_product)
     offsets, names = positions[chosen.rows], plan.names_at(allowed, chosen.rows)
     products = plan.distinct(names["product_id"])

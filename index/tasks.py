@@ -11,14 +11,12 @@ from tqdm import tqdm
 def in_parallel(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, desc: str, on_gpu: bool = False) -> list[Any]:
     """task(*each) as Ray tasks, results in order. A worker that dies is replaced and its task alone repeated.
 
-    on_gpu: each has a GPU to itself, where the cluster has any.
-
-    What failed is raised once, all of it together, when every task has ended: ValueError.
+    on_gpu: each has a GPU to itself, where the cluster has any. What failed is raised once, all of it together, when every task has
+    ended: ValueError.
     """
     gpus = min(1.0, ray.cluster_resources().get("GPU", 0)) if on_gpu else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=1)(
-        _captured
-    )  # an idle worker would keep the memory of its last task
+    # One call a worker: an idle one would keep the memory of its last task.
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=1)(_captured)
     waiting = [remote.remote(task, each) for each in arguments]
     number = {ref: i for i, ref in enumerate(waiting)}
     results: list[tuple[Any, str]] = [(None, "not run")] * len(waiting)
