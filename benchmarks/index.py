@@ -175,7 +175,7 @@ def filters(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
             cold = seconds_of(partial(searcher.allowed, where))
             rows = np.flatnonzero(drawn < share)
             exact = rows[index_data.exact(data.queries, data.vectors[rows], K)]
-            found = contender.number_of[searcher.find(data.queries, K, where=where)[1]]
+            found = contender.numbered(searcher.find(data.queries, K, where=where)[1])
             times = np.array([[_alone(searcher, data.queries, w) for w in (None, where)] for _ in range(REPEATS)])
             plain, filtered = np.median(times, axis=0).tolist()
             title, recall = f"filter of {share:.1%}", recall_of(found, exact)

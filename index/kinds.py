@@ -7,12 +7,15 @@ An index is a shell of a few kinds: a refine step (IndexRefine) around a transfo
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
 
 PROBED = (0.5, 8.0)  # share ** -0.5 times as many lists, eight times at most
+COARSE = 4  # of so many times the wanted by their bytes, the best by their own codes are as good as the best of all
+BYTES_AT_ONCE = 16  # FAISS has fast code for dimensions that are a multiple of it
 NOT_TRAINED = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
 
 
@@ -94,9 +97,12 @@ def _codes(index: Any) -> Any:
 
 
 def compact(index: Any, rows: np.ndarray) -> Any:
-    """A small index that compares with each of `rows` (m,) exactly, by a copy of their codes alone, for what may be mapped from a file
-    larger than memory. None where the index has no such codes."""
-    source = _codes(index)
+    """A small index of `rows` (m,) alone, by a copy of their codes, for what may be mapped from a file larger than memory. None where the
+    index has no such codes.
+
+    An index that promises exact answers keeps its promise; of any other the rows are compared as bytes first.
+    """
+    source, outer = _codes(index), faiss.downcast_index(index)
     if isinstance(source, faiss.IndexScalarQuantizer):
         small = faiss.IndexScalarQuantizer(source.d, source.sq.qtype, source.metric_type)
         small.sq, small.is_trained = source.sq, True
@@ -106,7 +112,40 @@ def compact(index: Any, rows: np.ndarray) -> Any:
         return None
     every = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size).reshape(source.ntotal, source.code_size)
     small.add_sa_codes(np.take(every, rows, axis=0))
-    return small
+    exact = isinstance(outer, faiss.IndexFlat | faiss.IndexScalarQuantizer)
+    return small if exact or small.d % BYTES_AT_ONCE else BytesFirst.of(small)
+
+
+@dataclass(frozen=True, slots=True)
+class BytesFirst:
+    """COARSE times as many as are wanted are found by their signed bytes, in a fifth of the time that fp16 takes; `own` then ranks them.
+
+    FAISS compares bytes with a query cut to whole numbers, so both are stretched to fill a byte: that changes no order of inner products.
+    """
+
+    first: Any
+    own: Any
+
+    @classmethod
+    def of(cls, own: Any) -> "BytesFirst":
+        first = faiss.IndexScalarQuantizer(own.d, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
+        first.add(_stretched(own.reconstruct_n(0, own.ntotal), None))
+        return cls(first, own)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (n, k) and rows (n, k) of the k best for each of `vectors` (n, dim), best first; k is at most the number of rows."""
+        found = self.first.search(_stretched(vectors, 1), min(COARSE * k, self.own.ntotal))[1]
+        scores = np.empty(found.shape, np.float32)
+        for i, rows in enumerate(found):
+            scores[i] = self.own.reconstruct_batch(rows) @ vectors[i]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+
+
+def _stretched(vectors: np.ndarray, axis: int | None) -> np.ndarray:
+    """Vectors (n, dim) as whole numbers up to 127, each by its own largest (axis 1) or all by one."""
+    largest = np.abs(vectors).max(axis=axis, keepdims=True, initial=0.0)
+    return np.rint(vectors * (127 / np.maximum(largest, 1e-12)))
 
 
 def _trained(index: Any) -> list[np.ndarray] | None:

@@ -19,7 +19,7 @@ def test_ours_finds_what_bare_faiss_finds_and_both_are_asked_the_same(tmp_path: 
     ours = index_peers.ours(index_peers.build_sharded(tmp_path, DATA.vectors, FACTORY, 4), "ours", FACTORY)
     bare = index_peers.bare(DATA.vectors, "bare", FACTORY)
     assert ours.settings == bare.settings
-    found = [each.search(DATA.queries, 10, {"nprobe": 16, "k_factor_rf": 20}) for each in (ours, bare)]
+    found = [each.numbered(each.search(DATA.queries, 10, {"nprobe": 16, "k_factor_rf": 20})) for each in (ours, bare)]
     assert (same := recall_of(*found)) > 0.98, f"{same:.1%} of what is found is the same"
     assert 1 < ours.bytes_each / bare.bytes_each < 1.5, "each shard has the centroids again"
 

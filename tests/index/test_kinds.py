@@ -130,3 +130,24 @@ def test_lists_of_whole_blocks_are_joined_rightly(unit_vectors, into, other):
     expected, _ = whole.search(unit_vectors(20, 16, 2), into + other)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert (np.sort(rows, axis=1) == np.arange(into + other)).all()
+
+
+@pytest.mark.parametrize("codes", ["Flat", "SQfp16", "SQ8"])
+def test_bytes_first_finds_what_the_codes_alone_find(unit_vectors, codes):
+    vectors, queries = unit_vectors(3000, 32), unit_vectors(60, 32, 1)
+    vectors[7::500] = vectors[7]
+    own = shard.make_index(vectors, factory=codes)
+    expected, rows = own.search(queries, 10)
+    scores, found = kinds.BytesFirst.of(own).search(queries, 10)
+    assert (found == rows).mean() > 0.99
+    np.testing.assert_allclose(scores[found == rows], expected[found == rows], atol=1e-6)
+    scores, found = kinds.BytesFirst.of(own).search(vectors[7:8], 10)
+    assert set(found[0, :6]) == set(range(7, 3000, 500))
+    assert len(set(scores[0, :6].tolist())) == 1, "equal vectors are equally near, whatever their place"
+
+
+def test_few_of_a_kind_that_promises_exact_answers_are_compared_exactly(unit_vectors):
+    rows = np.arange(0, 900, 9)
+    assert isinstance(kinds.compact(shard.make_index(unit_vectors(900, 32), factory="Flat"), rows), faiss.IndexFlat)
+    approximate = shard.make_index(unit_vectors(900, 32), factory="IVF8,PQ4x4fs,Refine(SQfp16)")
+    assert isinstance(kinds.compact(approximate, rows), kinds.BytesFirst)
