@@ -1,8 +1,9 @@
-"""Candidate lists for reranker training: what the embedder finds among products that it was not trained on.
+"""Candidate lists for reranker training and evaluation: what the embedder finds for products that it was not trained on.
 
-Families of id_split `train` are dealt into folds (idem.folds). In each of the folds `rerank` and `calibrate` the gallery is
-what the index holds of the fold, and the queries are the fold's other pictures, without their titles: neither side has a
-product of another fold (METHOD.md section 7). A list holds products, each by its best row, as the reranker is served them.
+Families of id_split `train` are dealt into folds (idem.folds). What a reranker learns from, fold `rerank`, has as its gallery what
+the index holds of the fold: neither side has a product of another (METHOD.md section 7). Fold `calibrate`, on which is chosen what
+is served, and fold `test` ask the whole index, as users will. Queries are a fold's pictures outside the index, without their
+titles. A list holds products, each by its best row, as the reranker is served them.
 """
 
 import sys
@@ -24,7 +25,8 @@ from pipelines.items import Items, open_items
 from train.embedder import Embedder
 
 NAME = "candidates.parquet"
-FOLDS = folds.RERANKER_FOLDS
+LEARNT = folds.RERANKER_FOLDS[0]
+TEST = "test"
 FEWEST_PRODUCTS = 4  # with fewer there is next to nothing wrong to choose, and nothing is learnt
 COLUMNS = ["item_id", "product_id", "family_id", "category", "id_split", "width"]
 BLOCK = 512  # pictures held at a time
@@ -34,11 +36,13 @@ OTHER_SPLITS = "split != 'train'"
 
 class CandidatesConfig(Table):
     """k: products a query; queries: SQL filter on items, of which the pictures outside the gallery are asked with, empty for all
-    of them, or for those of splits other than train where the gallery is made of split train; batch_size: pictures a forward pass.
+    of them, or for those of splits other than train where the gallery is made of split train; test: SQL filter of the pictures
+    that fold `test` asks with, empty for no such fold; batch_size: pictures a forward pass.
     """
 
     k: int = Field(20, ge=1)
     queries: str = ""
+    test: str = ""
     batch_size: int = Field(64, ge=1)
 
 
@@ -57,24 +61,33 @@ def asking(config: CandidatesConfig, index: manifest.Manifest) -> str:
 
 
 def divide(
-    table: pa.Table, gallery_ids: list[str], fractions: tuple[float, float, float], asked: pa.ChunkedArray | None = None
+    table: pa.Table,
+    gallery_ids: list[str],
+    fractions: tuple[float, float, float],
+    asked: pa.ChunkedArray | None = None,
+    test: pa.ChunkedArray | None = None,
 ) -> dict[str, Side]:
     """Gallery and queries of each fold. `table` has COLUMNS of all items in scan order; `gallery_ids` are those indexed.
 
-    asked: item_ids of which queries are taken, None for any.
+    asked: item_ids of which queries are taken, None for any; test: item_ids that fold `test` asks with, None for no such fold.
     """
     vector_row = pc.fill_null(pc.index_in(table["item_id"], value_set=pa.array(gallery_ids)), -1).to_numpy()
     fold = folds.folds(table["family_id"].to_pylist(), fractions)
     fold[pc.not_equal(table["id_split"], "train").to_numpy()] = ""
-    may_ask = pc.greater(table["width"], 0).to_numpy()
-    if asked is not None:
-        may_ask = may_ask & pc.is_in(table["item_id"], value_set=asked.combine_chunks()).to_numpy()
+    outside = pc.greater(table["width"], 0).to_numpy() & (vector_row < 0)
+    may_ask = outside if asked is None else outside & _among(table, asked)
+    queries = {name: (fold == name) & may_ask for name in folds.RERANKER_FOLDS}
+    if test is not None:
+        queries[TEST] = outside & _among(table, test)
     sides = {}
-    for name in FOLDS:
-        gallery = np.flatnonzero((fold == name) & (vector_row >= 0))
-        queries = np.flatnonzero((fold == name) & (vector_row < 0) & may_ask)
-        sides[name] = Side(gallery, vector_row[gallery], queries)
+    for name, asks in queries.items():
+        gallery = np.flatnonzero((vector_row >= 0) & ((fold == name) if name == LEARNT else True))
+        sides[name] = Side(gallery, vector_row[gallery], np.flatnonzero(asks))
     return sides
+
+
+def _among(table: pa.Table, item_ids: pa.ChunkedArray) -> np.ndarray:
+    return pc.is_in(table["item_id"], value_set=item_ids.combine_chunks()).to_numpy()
 
 
 def lists(fold: str, queries: pa.Table, gallery: pa.Table, query_vectors: np.ndarray, gallery_vectors: np.ndarray, k: int) -> pa.Table:
@@ -129,15 +142,15 @@ def _figures(made: pa.Table, side: Side) -> dict[str, Any]:
 
 
 def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str, asked: str = "") -> tuple[pa.Table, dict[str, Any]]:
-    """CANDIDATES of both folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for.
+    """CANDIDATES of the folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for.
 
     asked: SQL filter on items that queries pass, empty for any. ValueError where it cannot be applied.
     """
     gallery_ids, matrix = vectors.read(vectors_uri)
     table = items.table(COLUMNS)
-    able = items.table(["item_id"], asked)["item_id"] if asked else None
+    able, tested = (items.table(["item_id"], rule)["item_id"] if rule else None for rule in (asked, config.test))
     parts, figures = [schema.CANDIDATES.empty_table()], {}
-    for fold, side in divide(table, gallery_ids, embedder.fractions, able).items():
+    for fold, side in divide(table, gallery_ids, embedder.fractions, able, tested).items():
         if why := too_small(table, side):
             figures[fold] = {"queries": 0, "gallery": len(side.gallery), "empty": why}
             continue
@@ -153,7 +166,7 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
     inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
-    settings = {"k": config.k, "queries": asked, "fields": index.config["fields"]}  # fields: what of the documents was searched
+    settings = {"k": config.k, "queries": asked, "test": config.test, "fields": index.config["fields"]}  # fields: what of the documents was searched
     made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
     if there := made.finished():
         return {"candidates": made.id, **there.figures, "skipped": True}
