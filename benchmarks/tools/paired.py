@@ -13,22 +13,27 @@ def mean(hits: Hits) -> float:
 
 
 def difference(ours: Sequence[Hits], theirs: Sequence[Hits], families: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
-    """Mean difference of `mean`, seeds paired, and its 95 % interval: a bootstrap over families (METHOD.md section 7).
+    """Mean difference of `mean`, seeds paired, and its 95 % interval, as `interval`.
 
     families: of each task, the family of each query.
     """
+    gained = {task: np.mean([_array(a[task]) - _array(b[task]) for a, b in zip(ours, theirs, strict=True)], axis=0) for task in families}
+    return interval(gained, families)
+
+
+def interval(gained: Mapping[str, np.ndarray], families: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
+    """Mean over tasks of what each query gained, and its 95 % interval: a bootstrap over families (METHOD.md section 7)."""
     known = np.unique(np.concatenate(list(families.values())))
-    gained, asked = [], []
+    gains, asked = [], []
     for task, family in families.items():
-        each = np.mean([_array(a[task]) - _array(b[task]) for a, b in zip(ours, theirs, strict=True)], axis=0)
         place = np.searchsorted(known, family)
-        gained.append(np.bincount(place, each, len(known)))
+        gains.append(np.bincount(place, gained[task], len(known)))
         asked.append(np.bincount(place, minlength=len(known)))
-    gained_TF, asked_TF = np.stack(gained), np.stack(asked)
+    gains_TF, asked_TF = np.stack(gains), np.stack(asked)
     drawn = np.random.default_rng(0).multinomial(len(known), np.full(len(known), 1 / len(known)), size=4000).T
-    resampled = ((gained_TF @ drawn) / np.maximum(asked_TF @ drawn, 1)).mean(0)
+    resampled = ((gains_TF @ drawn) / np.maximum(asked_TF @ drawn, 1)).mean(0)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return float((gained_TF.sum(1) / asked_TF.sum(1)).mean()), float(low), float(high)
+    return float((gains_TF.sum(1) / asked_TF.sum(1)).mean()), float(low), float(high)
 
 
 def _array(said: str) -> np.ndarray:
