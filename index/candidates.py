@@ -1,9 +1,10 @@
 """Candidate lists for reranker training and evaluation: what the embedder finds for products that it was not trained on.
 
-Families of id_split `train` are dealt into folds (idem.folds). What a reranker learns from, fold `rerank`, has as its gallery what
-the index holds of the fold: neither side has a product of another (METHOD.md section 7). Fold `calibrate`, on which is chosen what
-is served, and fold `test` ask the whole index, as users will. Queries are a fold's pictures outside the index, without their
-titles. A list holds products, each by its best row, as the reranker is served them.
+Families of id_split `train` are dealt into folds (idem.folds), and no list of any fold holds a product that the embedder has learnt
+(METHOD.md section 7): it would be told by that. Of what the index holds, the gallery of fold `rerank`, which is learnt from, is the
+fold itself; that of `calibrate`, on which is chosen what is served, both of these; that of `test` all that is not of split train.
+Queries are a fold's pictures outside the index, without their titles. A list holds products, each by its best row, as the reranker
+is served them.
 """
 
 import sys
@@ -25,7 +26,7 @@ from pipelines.items import Items, open_items
 from train.embedder import Embedder
 
 NAME = "candidates.parquet"
-LEARNT = folds.RERANKER_FOLDS[0]
+LEARNT, CHOSEN_ON = folds.RERANKER_FOLDS
 TEST = "test"
 FEWEST_PRODUCTS = 4  # with fewer there is next to nothing wrong to choose, and nothing is learnt
 COLUMNS = ["item_id", "product_id", "family_id", "category", "id_split", "width"]
@@ -37,7 +38,7 @@ OTHER_SPLITS = "split != 'train'"
 class CandidatesConfig(Table):
     """k: products a query; queries: SQL filter on items, of which the pictures outside the gallery are asked with, empty for all
     of them, or for those of splits other than train where the gallery is made of split train; test: SQL filter of the pictures
-    that fold `test` asks with, empty for no such fold; batch_size: pictures a forward pass.
+    of other splits than train that fold `test` asks with, empty for no such fold; batch_size: pictures a forward pass.
     """
 
     k: int = Field(20, ge=1)
@@ -79,10 +80,12 @@ def divide(
     queries = {name: (fold == name) & may_ask for name in folds.RERANKER_FOLDS}
     if test is not None:
         queries[TEST] = outside & _among(table, test)
+    apart = pc.not_equal(table["id_split"], "train").to_numpy()
+    of_gallery = {LEARNT: fold == LEARNT, CHOSEN_ON: np.isin(fold, folds.RERANKER_FOLDS), TEST: apart}
     sides = {}
     for name, asks in queries.items():
-        gallery = np.flatnonzero((vector_row >= 0) & ((fold == name) if name == LEARNT else True))
-        sides[name] = Side(gallery, vector_row[gallery], np.flatnonzero(asks))
+        gallery = np.flatnonzero((vector_row >= 0) & of_gallery[name])
+        sides[name] = Side(gallery, vector_row[gallery], np.flatnonzero(asks & (~apart if name != TEST else apart)))
     return sides
 
 

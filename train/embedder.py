@@ -87,6 +87,11 @@ class Embedder:
         model = self._compact("image tokens for a reranker")
         return model.image_tokens(model.normalise(pixels.to(self.device))).cpu()
 
+    def image_head(self) -> tuple[Tensor, Tensor]:
+        """As train.backbones.compact.Compact.image_head, on the CPU."""
+        weight, bias = self._compact("the head of image tokens").image_head()
+        return weight.cpu(), bias.cpu()
+
     def _compact(self, what: str) -> Compact:
         if not isinstance(self.model, Compact):
             raise ValueError(f"{what} cannot be had of a {type(self.model).__name__} embedder yet; the compact backbone has them")

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from train.rerank_match import COLOURS, FEATURES, Match, trigram_profile
 
 STRIDE = 4  # bytes a text token
+COSINES = 20.0
 
 
 class Shape(BaseModel):
     """What decides the shapes of the weights. tokens: of a picture, of all its `views` together (1: the whole; 2: the whole, then its
-    middle). channels: of a place, its colours among them. merge is the side of the square of patches that becomes one token."""
+    middle). channels: of a place, its colours among them; `pooled` before the colours are those that the reader makes a picture's vector
+    of, of `own` dimensions (0: none). merge is the side of the square of patches that becomes one token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tokens: int
@@ -33,6 +35,8 @@ class Shape(BaseModel):
     match: int = 64
     text_length: int = 48
     views: int = 1
+    pooled: int = 0
+    own: int = 0
 
     @property
     def grid(self) -> int:
@@ -126,8 +130,8 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 
 
 class Blocks(nn.Module):
-    """Scores start as the retrieval's cosine: all that is learned on top starts at zero. outcomes: S, what the absolute head
-    tells apart."""
+    """Scores start as the retrieval's cosine and the reader's own: all that is learned on top starts at zero. outcomes: S, what the
+    absolute head tells apart."""
 
     def __init__(self, shape: Shape, outcomes: int) -> None:
         super().__init__()
@@ -143,13 +147,15 @@ class Blocks(nn.Module):
         self.role = nn.Parameter(0.02 * torch.randn(4, d))  # query, document, index token, answer position
         self.layers = nn.ModuleList(Layer(d, shape.heads) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(d)
-        self.scale = nn.Parameter(torch.tensor(20.0))
+        self.own = nn.Linear(2 * shape.pooled, shape.own) if shape.pooled else None
         self.prior = nn.Sequential(nn.Linear(len(FEATURES), 32), nn.GELU(), nn.Linear(32, 1 + outcomes))
         self.linear = nn.Linear(len(FEATURES), 1 + outcomes)
         self.level = nn.Sequential(nn.Linear(4 * d, d), nn.GELU(), nn.Linear(d, outcomes))
         for module in (self.prior[2], self.linear, self.level[2]):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+        with torch.no_grad():
+            self.linear.weight[:2, :2] = COSINES  # of the order and of the first outcome, until train.rerank_start has fitted them
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
@@ -176,11 +182,26 @@ class Blocks(nn.Module):
         valid = self._merged(mask.unsqueeze(-1).float()).any(-1)
         return into(self._merged(inputs)) + self.place, valid
 
+    def _own_vector(self, image: Tensor, mask: Tensor) -> Tensor:
+        """(..., T, C) -> (..., D'), unit length: the reader's vector of the first view, by the places that are there."""
+        first = self.shape.tokens // self.shape.views
+        seen = image[..., :first, -COLOURS - self.shape.pooled : -COLOURS] * mask[..., :first, None]
+        assert self.own is not None
+        mean = seen.sum(-2) / mask[..., :first].sum(-1, keepdim=True).clamp_min(1)
+        return F.normalize(self.own(torch.cat([mean, seen.amax(-2)], -1)), dim=-1)
+
+    def _own_cosine(self, batch: Batch) -> Tensor:
+        """(B, M); zero without a reader's head."""
+        if self.own is None:
+            return torch.zeros_like(batch.cosine)
+        query, documents = self._own_vector(batch.q_image, batch.q_mask), self._own_vector(batch.d_image, batch.d_mask)
+        return torch.einsum("bd,bmd->bm", query, documents)
+
     def sequences(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         """Inputs and validity of the queries (B, Lq, D) and of the blocks (B, M, Lb, D), and the features (B, M, F)."""
         q, d = self._places(batch.q_image, batch.q_mask), self._places(batch.d_image, batch.d_mask)
         trigrams = (trigram_profile(batch.q_text)[:, None] * trigram_profile(batch.d_text)).sum(-1)
-        features, matched = self.match((*q, batch.q_mask), (*d, batch.d_mask), batch.cosine, trigrams)
+        features, matched = self.match((*q, batch.q_mask), (*d, batch.d_mask), batch.cosine, self._own_cosine(batch), trigrams)
         q_text, q_text_valid = self._text(batch.q_text)
         d_text, d_text_valid = self._text(batch.d_text)
         q_image, q_image_valid = self._image(torch.cat(q, -1), batch.q_mask, self.q_in)
@@ -229,7 +250,7 @@ class Blocks(nn.Module):
             q_valid=q_valid,
             b_valid=b_valid,
             index=y[:, :, -1],
-            prior=self.scale * features[..., 0] + learned[..., 0],
+            prior=learned[..., 0],
             levels=levels,
         )
 

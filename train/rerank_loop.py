@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from idem.config import Table
-from train import rerank_losses
+from train import rerank_losses, rerank_start
 from train.rerank_blocks import Batch, Shape
-from train.rerank_data import Lists, Pool, draw
+from train.rerank_data import Lists, Pool, Reader, draw, places_shape
 from train.rerank_model import MODELS, Kind, Model
 
 VALIDATION_SEED = 7_919
 
 
 class RerankConfig(Table):
-    """model: listwise, or the pointwise baseline, which sees pictures in two views. Training ends at `minutes` of wall time or at
+    """model: listwise, or the pointwise baseline, which sees pictures in two views. reader_minutes: given to a tower of its own, trained
+    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's. Training ends at `minutes` of wall time or at
     `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold in a row found nothing better. `batch`
     is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by text. absent: share of lists
     without a right document. dropout: share of places hidden."""
 
     model: Kind = "listwise"
+    reader_minutes: Annotated[float, Field(ge=0)] = 0.0
     minutes: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=1)] = 100_000
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -60,10 +62,11 @@ class RerankConfig(Table):
     def views(self) -> int:
         return 2 if self.model == "pointwise" else 1
 
-    def shape(self, tokens: int, channels: int, vocabulary: int) -> Shape:
-        """tokens, channels: as rerank_data.places_shape tells them."""
+    def shape(self, reader: Reader) -> Shape:
+        (tokens, channels), (own, pooled) = places_shape(reader, self.views), reader.image_head()[0].shape
         names = ("width", "layers", "heads", "match", "text_length", "views")
-        return Shape(tokens=tokens, channels=channels, vocabulary=vocabulary, **{name: getattr(self, name) for name in names})
+        told = {name: getattr(self, name) for name in names}
+        return Shape(tokens=tokens, channels=channels, vocabulary=reader.vocabulary, pooled=pooled // 2, own=own, **told)
 
 
 @dataclass(kw_only=True)
@@ -103,21 +106,25 @@ class State:
             setattr(self, name, value)
 
 
-def start(config: RerankConfig, shape: Shape, pool: Pool, train: Lists) -> State:
-    """A fresh state; the projection of the patches starts from the principal axes of the training pictures."""
+def start(config: RerankConfig, shape: Shape, pool: Pool, train: Lists, head: tuple[Tensor, Tensor] | None = None) -> State:
+    """A fresh state; the projection of the patches starts from the principal axes of the training pictures, the own vector of a
+    picture from the reader's `head`."""
     torch.manual_seed(config.seed)
     model = MODELS[config.model](shape)
     rows = torch.from_numpy(pool.pictured).nonzero().flatten()
     if len(rows):
         used = rows[torch.randperm(len(rows))[:500]].numpy()
         model.match.start_from(torch.from_numpy(pool.places[used]).float().flatten(0, 1))
-    large = [model.scale, *model.linear.parameters()]  # weights of cosines end near 10, where others stay below 1
-    apart = {id(p) for p in large}
-    rest = [p for p in model.parameters() if id(p) not in apart]
+    if model.own is not None and head is not None:
+        with torch.no_grad():
+            model.own.weight.copy_(head[0])
+            model.own.bias.copy_(head[1])
+    rerank_start.fit(model, pool, train, config.kinds)
+    model.linear.requires_grad_(False)  # as good as it gets
+    rest = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "peak": config.lr, "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "peak": config.lr, "weight_decay": 0.0},
-        {"params": large, "peak": 30 * config.lr, "weight_decay": 0.0},
     ]
     return State(model=model, optimizer=torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98)))
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 TRIGRAMS = 256  # buckets of the hashed byte trigrams
 COLOURS = 3  # the last channels of a place: its mean red, green and blue
 FEATURES = (
-    *("cosine", "query_in_document", "document_in_query", "worst_places", "mean_patch", "same_place"),
+    *("cosine", "own_cosine", "query_in_document", "document_in_query", "worst_places", "mean_patch", "same_place"),
     *("palette_of_query", "palette_of_document", "matched_colours", "same_place_colours", "trigrams", "both_pictures"),
+    "cosine_without_pictures",
 )
 
 
@@ -74,6 +75,7 @@ class Match(nn.Module):
         q: tuple[Tensor, Tensor, Tensor],
         d: tuple[Tensor, Tensor, Tensor],
         cosine_BM: Tensor,
+        own_BM: Tensor,
         trigrams_BM: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Of queries and documents patches, colours and masks, (B, ...) and (B, M, ...): features (B, M, F), and of each document
@@ -100,7 +102,9 @@ class Match(nn.Module):
             _mean((q_colours[:, None] - d_colours).norm(dim=3), shared),
         ]
         pictured = torch.stack([(best_q * weights_q).sum(2), (best_d * weights_d).sum(2), worst, mean, same, *colours], 2)
-        features = torch.cat([cosine_BM.unsqueeze(2), pictured * both.unsqueeze(2), trigrams_BM.unsqueeze(2), both.unsqueeze(2)], 2)
+        pictured = torch.cat([own_BM.unsqueeze(2), pictured], 2) * both.unsqueeze(2)
+        features = torch.cat([cosine_BM.unsqueeze(2), pictured, trigrams_BM.unsqueeze(2), both.unsqueeze(2)], 2)
+        features = torch.cat([features, (cosine_BM * (1 - both)).unsqueeze(2)], 2)
         seen = (both[..., None] * d_mask_BMT)[..., None]
         return features, torch.cat([(d_BMTP - q_BTP[rows, where]) * seen, shift * seen, best_d[..., None] * seen], 3)
 

@@ -83,7 +83,7 @@ class PointwiseReranker(Blocks):
         return self.answers(self.encode(batch))
 
     def answers(self, encoded: Encoded) -> Tensor:
-        return encoded.prior + encoded.levels[..., 0] - encoded.levels[..., 1]
+        return encoded.levels[..., 0] - encoded.levels[..., 1]
 
 
 Model = ListwiseReranker | PointwiseReranker

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from idem import cluster, folds, job, manifest, storage
 from pipelines.items import Items, open_items
 from train import ray_train, rerank_loop, rerank_select
+from train import run as train_run
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
 from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, places_shape, text_tokens, title_codes
@@ -30,6 +31,7 @@ from train.rerank_loop import RerankConfig, State
 from train.rerank_model import MODELS
 
 FOLDS = folds.RERANKER_FOLDS
+READER = "reader"
 FILES = ["config.json", "model.safetensors", "curves.json"]
 
 
@@ -46,8 +48,10 @@ def too_few(table: pa.Table, config: RerankConfig) -> str:
     return ""
 
 
-def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConfig, *, fields: str) -> tuple[Pool, dict[str, Lists]]:
-    """The tokens of every item that the candidates name, and the lists of each fold in the table.
+def gather(
+    table: pa.Table, items: Items, embedder: Embedder, reader: Embedder, config: RerankConfig, *, fields: str
+) -> tuple[Pool, dict[str, Lists]]:
+    """What `reader` sees of every item that the candidates name, and the lists of each fold in the table, with cosines of `embedder`.
 
     fields: what of an item the index holds (index.fields): `both`, or `image`, the title only where there is no picture.
 
@@ -57,25 +61,25 @@ def gather(table: pa.Table, items: Items, embedder: Embedder, config: RerankConf
     if len(asked) != len(asked.unique()):
         raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
     ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
-    needed = len(ids) * int(np.prod(places_shape(embedder, config.views))) * 2 >> 20
+    needed = len(ids) * int(np.prod(places_shape(reader, config.views))) * 2 >> 20
     if needed > config.tokens_mb:
         raise ValueError(
             f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
             "raise it, or ask fewer queries"
         )
-    pool, known = _read(ids, items, embedder, config, fields)
+    pool, known = _read(ids, items, embedder, reader, config, fields)
     rows = {item_id: row for row, item_id in enumerate(ids)}
     names = dict.fromkeys([*FOLDS, *table["fold"].unique().to_pylist()])
     return pool, {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, known) for fold in names}
 
 
-def _read(ids: list[str], items: Items, embedder: Embedder, config: RerankConfig, fields: str) -> tuple[Pool, Known]:
+def _read(ids: list[str], items: Items, embedder: Embedder, reader: Embedder, config: RerankConfig, fields: str) -> tuple[Pool, Known]:
     assert fields in ("both", "image"), fields
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
     pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
-    places, pictured = picture_tokens(embedder, pictures, views=config.views, progress="picture tokens")
+    places, pictured = picture_tokens(reader, pictures, views=config.views, progress="picture tokens")
     texts = np.zeros((len(ids), config.text_length), np.int16)
-    tokens = text_tokens(embedder, titles, config.text_length).numpy()
+    tokens = text_tokens(reader, titles, config.text_length).numpy()
     texts[:, : tokens.shape[1]] = tokens
     seen = [data if there else None for data, there in zip(pictures, pictured, strict=True)]
     both = _vectors(embedder, seen, titles, "vectors")
@@ -100,6 +104,15 @@ def _vectors(embedder: Embedder, pictures: list[bytes | None] | None, titles: li
     return vectors
 
 
+def own_reader(config: RerankConfig, embedder: str, folder: str) -> str:
+    """Train the reranker's own tower below `folder`, or find it trained; the folder of its artifact. embedder: that of the retrieval,
+    whose settings and products it has."""
+    told = manifest.read(embedder, kind="embedder").config
+    loop = {**told["loop"], "seed": told["loop"]["seed"] + 1, "minutes": config.reader_minutes}
+    train_run.run(train_run.TrainConfig(**{**told, "root": config.root, "loop": loop, "start_from": ""}), folder)
+    return manifest.current(folder, kind="embedder")
+
+
 def _worker(told: dict[str, Any]) -> None:
     """One worker of Ray Train: restore, train, report."""
     config, shape = RerankConfig(**told["config"]), Shape(**told["shape"])
@@ -107,7 +120,7 @@ def _worker(told: dict[str, Any]) -> None:
     train: Any = ray.get(told["rerank"])
     calibrate: Any = ray.get(told["calibrate"])
     context = ray.train.get_context()
-    state = rerank_loop.start(config, shape, pool, train)
+    state = rerank_loop.start(config, shape, pool, train, told["head"])
     if last := ray.train.get_checkpoint():
         with last.as_directory() as folder:
             state.restore(Path(folder))
@@ -135,10 +148,11 @@ def _report(state: State, figures: dict[str, Any], rank: int) -> None:
         ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def fit(config: RerankConfig, shape: Shape, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
+def fit(config: RerankConfig, reader: Embedder, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
     """Run Ray Train; the folder of its last checkpoint (see State.save). A run of the same name goes on where it was cut off."""
     with ray_train.bar("reranker") as board:
-        told = {"config": config.model_dump(), "shape": shape.model_dump(), "board": board, "pool": ray.put(pool)}
+        shape, head = config.shape(reader).model_dump(), reader.image_head()
+        told = {"config": config.model_dump(), "shape": shape, "head": head, "board": board, "pool": ray.put(pool)}
         return ray_train.fit(
             _worker,
             {**told, **{fold: ray.put(made[fold]) for fold in FOLDS}},
@@ -158,12 +172,16 @@ def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], 
     save_file(weights, out / "model.safetensors")
 
 
-def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, fields: str) -> dict[str, Any]:
-    pool, fold_lists = gather(table, items, embedder, config, fields=fields)
-    shape = config.shape(*places_shape(embedder, config.views), embedder.vocabulary)
+def _train(
+    config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder_path: str, embedder: Embedder, fields: str
+) -> dict[str, Any]:
+    place = own_reader(config, embedder_path, storage.join(made.folder, READER)) if config.reader_minutes else ""
+    reader = Embedder.load(place) if place else embedder
+    pool, fold_lists = gather(table, items, embedder, reader, config, fields=fields)
+    shape = config.shape(reader)
     checkpoints = storage.local_path(storage.join(made.parent, "checkpoints")).absolute()
     cluster.connect(num_cpus=config.workers)
-    folder = fit(config, shape, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
+    folder = fit(config, reader, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
     state = json.loads((folder / "state.json").read_text())
     if state["failed"]:
         raise ValueError(f"reranker training failed: {state['failed']} in {folder / 'best.safetensors'}; a smaller rerank.lr may help")
@@ -181,9 +199,12 @@ def _train(config: RerankConfig, made: manifest.Plan, table: pa.Table, items: It
         "parameters": sum(value.numel() for value in weights.values()),
         **{kind: rerank_select.summary(served) for kind, served in settings.items()},
     }
-    said = {"identity": False, "model": config.model, "embedder": embedder.id, "chunk": config.chunk, "shape": shape.model_dump()}
-    publish(made, {**said, "served": {kind: served.model_dump() for kind, served in settings.items()}}, weights, state["curves"])
-    made.write(figures=figures, files=FILES)
+    read = storage.join(READER, reader.id) if place else ""
+    said = {"identity": False, "model": config.model, "embedder": embedder.id, "reader": read, "chunk": config.chunk}
+    chosen = {kind: served.model_dump() for kind, served in settings.items()}
+    publish(made, {**said, "shape": shape.model_dump(), "served": chosen}, weights, state["curves"])
+    of_reader = [*manifest.read(place, kind="embedder").files, manifest.NAME] if place else []
+    made.write(figures=figures, files=[*FILES, *(storage.join(read, name) for name in of_reader)])
     shutil.rmtree(checkpoints / made.id, ignore_errors=True)
     return figures
 
@@ -205,7 +226,8 @@ def run(config: RerankConfig) -> dict[str, Any]:
     layout = storage.Layout(config.root)
     items = open_items(layout.items)
     candidates = manifest.current(layout.candidates, kind="candidates")
-    embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
+    embedder_path = manifest.current(layout.embedder, kind="embedder")
+    embedder = Embedder.load(embedder_path)
     found = manifest.read(candidates, kind="candidates")
     matching(found, items=items.id, embedder=embedder.id)
     inputs = {"items": items.id, "embedder": embedder.id, "candidates": found.id}
@@ -219,7 +241,7 @@ def run(config: RerankConfig) -> dict[str, Any]:
         publish(made, {**figures, "embedder": embedder.id}, {}, [])
         made.write(figures=figures, files=FILES)
         return figures
-    return _train(config, made, table, items, embedder, found.config["fields"])
+    return _train(config, made, table, items, embedder_path, embedder, found.config["fields"])
 
 
 if __name__ == "__main__":

@@ -99,8 +99,9 @@ class Reranker:
             raise ValueError(f"the reranker at {path} reads with embedder {config['embedder']}, found {embedder.id} at {embedder_path}")
         model = MODELS[config.get("model", "listwise")](Shape(**config["shape"]))
         model.load_state_dict(load_file(storage.local_path(storage.join(path, "model.safetensors"))))
+        reader = Embedder.load(storage.join(path, config["reader"])) if config.get("reader") else embedder
         served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
-        return cls(model, embedder, served=served, chunk=config["chunk"], id=made.id)
+        return cls(model, reader, served=served, chunk=config["chunk"], id=made.id)
 
     def rerank(self, query: Query, documents: Sequence[Document], *, mode: Mode = "listwise", max_ms: float | None = None) -> Ranking:
         """Order `documents` for `query`: "listwise" as chosen on the calibrate fold for this kind of query, "pointwise" by r.

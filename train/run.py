@@ -62,9 +62,13 @@ class TrainConfig(Table):
         return Selection(uri, version, fractions=self.fractions, held_back=self.held_back, assignments=self.assignments, texts=self.texts)
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Train the embedder, or find it trained. A run that was cut off goes on, also on another number of workers."""
+def run(config: TrainConfig, parent: str = "") -> dict[str, Any]:
+    """Train the embedder, or find it trained. A run that was cut off goes on, also on another number of workers.
+
+    parent: folder in which it is published, that of the root's embedders where it is empty.
+    """
     layout = storage.Layout(config.root)
+    parent = parent or layout.embedder
     items = open_items(layout.items)
     inputs = {"items": items.id}
     if config.assignments:
@@ -78,7 +82,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if not (Path(config.start_from) / "manifest.json").is_file():
             raise ValueError(f"there is no finished checkpoint at {config.start_from} (train.start_from)")
         inputs["start"] = manifest.checksum(storage.join(config.start_from, "manifest.json")).sha256[:16]
-    made = manifest.Plan(parent=layout.embedder, kind="embedder", config=config.settings(), inputs=inputs)
+    made = manifest.Plan(parent=parent, kind="embedder", config=config.settings(), inputs=inputs)
     if before := made.finished():
         return {**before.figures, "skipped": True}
     selection = config.selection(layout.items, items.version)
@@ -86,7 +90,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     settings = {name: value for name, value in config.settings().items() if name not in PLACES}
     settings["loop"]["head"].pop("folder")  # a place as well
     name = manifest.fingerprint("training", settings, inputs)
-    checkpoints = storage.local_path(storage.join(layout.embedder, "checkpoints")).absolute()
+    checkpoints = storage.local_path(storage.join(parent, "checkpoints")).absolute()
     try:
         if config.local:
             device = pick_device(config.use_gpu)

@@ -33,16 +33,24 @@ class Root:
 
     items: Items
     embedder: Embedder
+    reader: Embedder
     table: pa.Table
     fields: str
 
     @classmethod
-    def open(cls, path: str) -> "Root":
+    def open(cls, path: str, reader: str = "") -> "Root":
+        """reader: folder of the embedder that rerankers read pictures with; the retrieval's own where it is empty."""
         layout = storage.Layout(path)
         folder = manifest.current(layout.candidates, kind="candidates")
         found = manifest.read(folder, kind="candidates")
         embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
-        return cls(items=open_items(layout.items), embedder=embedder, table=pq.read_table(f"{folder}/{NAME}"), fields=found.config["fields"])
+        return cls(
+            items=open_items(layout.items),
+            embedder=embedder,
+            reader=Embedder.load(reader) if reader else embedder,
+            table=pq.read_table(f"{folder}/{NAME}"),
+            fields=found.config["fields"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +66,9 @@ class Trained:
 
 def train(root: Root, config: RerankConfig) -> Trained:
     """As the job trains it, on one worker."""
-    pool, lists = gather(root.table, root.items, root.embedder, config, fields=root.fields)
-    shape = config.shape(*places_shape(root.embedder, config.views), root.embedder.vocabulary)
+    pool, lists = gather(root.table, root.items, root.embedder, root.reader, config, fields=root.fields)
     began = time.perf_counter()
-    state = rerank_loop.start(config, shape, pool, lists["rerank"])
+    state = rerank_loop.start(config, config.shape(root.reader), pool, lists["rerank"], root.reader.image_head())
     state = rerank_loop.train(state, config, pool, lists["rerank"], lists["calibrate"])
     if state.failed:
         raise ValueError(f"training failed: {state.failed}")

@@ -14,6 +14,7 @@ from train import rerank_loop, rerank_select
 from train.rerank_blocks import Batch
 from train.rerank_data import KINDS, Known, Lists, Pool, draw, lists, served, title_codes
 from train.rerank_loop import RerankConfig
+from train.rerank_match import COLOURS
 from train.rerank_merge import Scored, arrange, probability
 from train.rerank_model import Kind
 from train.rerank_score import score
@@ -54,9 +55,18 @@ def same(one: Batch, other: Batch) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
 
 
+class FakeReader:
+    """What is asked of a reader to know the shapes of a model."""
+
+    vocabulary, token_shape = 260, (PLACES, CHANNELS - COLOURS)
+
+    def image_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.eye(4), torch.zeros(4)
+
+
 def fresh(config: RerankConfig = CONFIG) -> tuple[Pool, dict[str, Lists], rerank_loop.State]:
-    pool, made = synthetic()
-    return pool, made, rerank_loop.start(config, config.shape(PLACES, CHANNELS, 260), pool, made["rerank"])
+    (pool, made), reader = synthetic(), FakeReader()
+    return pool, made, rerank_loop.start(config, config.shape(reader), pool, made["rerank"], reader.image_head())  # type: ignore[arg-type]
 
 
 def test_a_batch_depends_on_seed_step_and_slot_alone() -> None:

@@ -119,17 +119,17 @@ def test_too_many_tokens_for_memory_are_refused(layout: Layout, monkeypatch: pyt
     embedder = Embedder(Compact(TINY))
     monkeypatch.setattr(Embedder, "token_shape", (36, 1_000_000))
     with pytest.raises(ValueError, match=r"rerank\.tokens_mb allows 2,048"):
-        rerank_run.gather(table, FakeItems(), embedder, config(layout), fields="image")  # type: ignore[arg-type]
+        rerank_run.gather(table, FakeItems(), embedder, embedder, config(layout), fields="image")  # type: ignore[arg-type]
 
 
 def test_a_query_with_two_lists_is_refused(layout: Layout) -> None:
     table = pa.concat_tables([candidates(100), candidates(1)])
     with pytest.raises(ValueError, match="name 1 queries twice"):
-        rerank_run.gather(table, FakeItems(), Embedder(Compact(TINY)), config(layout), fields="image")  # type: ignore[arg-type]
+        rerank_run.gather(table, FakeItems(), *[Embedder(Compact(TINY))] * 2, config(layout), fields="image")  # type: ignore[arg-type]
 
 
 def test_what_is_gathered_is_what_the_items_hold(layout: Layout) -> None:
-    pool, folds = rerank_run.gather(candidates(100), FakeItems(), Embedder(Compact(TINY)), config(layout), fields="image")  # type: ignore[arg-type]
+    pool, folds = rerank_run.gather(candidates(100), FakeItems(), *[Embedder(Compact(TINY))] * 2, config(layout), fields="image")  # type: ignore[arg-type]
     assert len(pool.pictured) == PRODUCTS * PHOTOS
     assert (~pool.pictured).sum() == 1, "the broken picture is set aside, the run goes on"
     assert {name: len(made) for name, made in folds.items()} == {"rerank": 20, "calibrate": 20}

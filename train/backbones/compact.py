@@ -207,6 +207,16 @@ class Compact(Backbone):
         both = torch.cat([mid, F.interpolate(top, size=mid.shape[2:], mode="nearest")], 1)
         return both.flatten(2).transpose(1, 2).float()
 
+    @torch.no_grad()
+    def image_head(self) -> tuple[Tensor, Tensor]:
+        """Weight (D', 2 W) and bias (D',) that make a picture's vector of the mean and the largest of the last W channels of its
+        `image_tokens`; not normalised yet. W is half of the weight's columns."""
+        norm = self.pool_norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return self.image_out.weight * slope, self.image_out.weight @ (norm.bias - norm.running_mean * slope)
+
     def collate(self, pixels: Tensor | None, image_rows: np.ndarray, texts: Sequence[str], text_rows: np.ndarray, count: int) -> Inputs:
         made: Inputs = {}
         if pixels is not None and len(image_rows):
