@@ -169,7 +169,8 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
     inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
-    settings = {"k": config.k, "queries": asked, "test": config.test, "fields": index.config["fields"]}  # fields: what of the documents was searched
+    # fields: what of the documents was searched
+    settings = {"k": config.k, "queries": asked, "test": config.test, "fields": index.config["fields"]}
     made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
     if there := made.finished():
         return {"candidates": made.id, **there.figures, "skipped": True}

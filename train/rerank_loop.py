@@ -26,10 +26,12 @@ VALIDATION_SEED = 7_919
 
 class RerankConfig(Table):
     """model: listwise, or the pointwise baseline, which sees pictures in two views. reader_minutes: given to a tower of its own, trained
-    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's. Training ends at `minutes` of wall time or at
-    `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold in a row found nothing better. `batch`
-    is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by text. absent: share of lists
-    without a right document. dropout: share of places hidden."""
+    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's.
+
+    Training ends at `minutes` of wall time or at `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold
+    in a row found nothing better. `batch` is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by
+    text. absent: share of lists without a right document. dropout: share of places hidden.
+    """
 
     model: Kind = "listwise"
     reader_minutes: Annotated[float, Field(ge=0)] = 0.0
@@ -44,7 +46,7 @@ class RerankConfig(Table):
     text_length: Annotated[int, Field(ge=4)] = 48
     chunk: Annotated[int, Field(ge=2)] = 10
     depth: Annotated[int, Field(ge=1)] = 20  # products that the choice on the calibrate fold is made for
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     kinds: tuple[float, float, float] = (0.7, 0.15, 0.15)
     absent: Annotated[float, Field(ge=0, le=1)] = 0.2

@@ -173,9 +173,9 @@ def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], 
 
 
 def _train(
-    config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder_path: str, embedder: Embedder, fields: str
+    config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, place: str, fields: str
 ) -> dict[str, Any]:
-    place = own_reader(config, embedder_path, storage.join(made.folder, READER)) if config.reader_minutes else ""
+    """place: of the reranker's own reader below the artifact's folder, empty where it reads with the embedder."""
     reader = Embedder.load(place) if place else embedder
     pool, fold_lists = gather(table, items, embedder, reader, config, fields=fields)
     shape = config.shape(reader)
@@ -241,7 +241,8 @@ def run(config: RerankConfig) -> dict[str, Any]:
         publish(made, {**figures, "embedder": embedder.id}, {}, [])
         made.write(figures=figures, files=FILES)
         return figures
-    return _train(config, made, table, items, embedder_path, embedder, found.config["fields"])
+    place = own_reader(config, embedder_path, storage.join(made.folder, READER)) if config.reader_minutes else ""
+    return _train(config, made, table, items, embedder, place, found.config["fields"])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def _encode(model: Model, batch: Batch, until: float) -> Encoded:
 @torch.inference_mode()
 def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) -> list[Scored]:
     """Score B queries, each against its own documents (N >= 1 of them have a level, and come first) in canonical order: chunks of
-    `chunk`, then one comparison of the `chunk` best by r. All comparisons of all queries are one batch. TimeoutError where
+    `chunk`, and one comparison of the `chunk` best by r. All comparisons of all queries are one batch. TimeoutError where
     time.perf_counter passes `until`."""
     encoded = _encode(model, batch, until)
     counts = (batch.level >= 0).sum(1)
@@ -45,13 +45,14 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
         logits = model.answers(encoded).double().numpy()
         return [_apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
     queries, width = batch.level.shape
-    picks = torch.arange(-(-width // chunk) * chunk).reshape(1, -1, chunk).expand(queries, -1, -1)
-    s, null = model.compare(encoded, picks.clamp_max(width - 1), picks < counts[:, None, None])
     levels = encoded.levels.double()
     logits = (levels[..., 0] - levels[..., 1:].logsumexp(-1)).numpy()
     best = [np.sort(np.argsort(-logit[:n], kind="stable")[:chunk]) for logit, n in zip(logits, counts.tolist(), strict=True)]
-    last = torch.from_numpy(np.stack([np.pad(row, (0, chunk - len(row)), constant_values=-1) for row in best]))[:, None]
-    final = model.compare(encoded, last.clamp_min(0), last >= 0)[0] if width > chunk else s[:, :1]
+    last = torch.from_numpy(np.stack([np.pad(row, (0, chunk - len(row)), constant_values=width) for row in best]))[:, None]
+    picks = torch.arange(-(-width // chunk) * chunk).reshape(1, -1, chunk).expand(queries, -1, -1)
+    every = torch.cat([picks, last], 1)
+    every_s, every_null = model.compare(encoded, every.clamp_max(width - 1), every < counts[:, None, None])
+    s, null, final = every_s[:, :-1], every_null[:, :-1], every_s[:, -1:]
     local, nulls = s.flatten(1).double().numpy(), null.repeat_interleave(chunk, 1).double().numpy()
     return [
         Scored(

@@ -5,7 +5,6 @@ started from; as convex problems they are found in seconds. Q lists, N documents
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from train.rerank_data import KINDS, Kind, Lists, Pool, assemble
 from train.rerank_model import ListwiseReranker, Model, PointwiseReranker
 
-RIDGE = 1e-2  # on weights of features of unit deviation
+RIDGE = 1e-2, 1e-3  # on weights of features of unit deviation: of the order in a list, and of outcomes, of which most documents tell little
 BLOCK = 32  # lists at a time
 ABSENT = -1
 
@@ -31,21 +30,21 @@ def features(model: Model, pool: Pool, source: Lists, kind: Kind, chosen: np.nda
     found: list[Tensor] = [torch.zeros(0, source.documents.shape[1], model.linear.in_features)]
     for part in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
         cosines = source.cosines[KINDS.index(kind)][part]
-        kinds: Sequence[Kind] = [kind] * len(part)
         if len(part):
+            kinds: list[Kind] = [kind] * len(part)
             batch = assemble(pool, source.queries[part], kinds, source.documents[part], cosines, source.levels[part])
             found.append(model.sequences(batch)[2])
     return torch.cat(found), torch.from_numpy(source.levels[chosen].astype(np.int64))
 
 
-def minimised(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 100) -> Tensor:
-    """The weights at which a convex loss is least."""
+def minimised(loss: Callable[[Tensor], Tensor], start: Tensor, ridge: float, steps: int = 100) -> Tensor:
+    """The weights at which a convex loss and `ridge` times their square are least."""
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss(weights) + RIDGE * weights.square().sum()
+        value = loss(weights) + ridge * weights.square().sum()
         value.backward()
         return value
 
@@ -63,7 +62,7 @@ def order(x: Tensor, level: Tensor, shares: Tensor) -> Tensor:
         each = s.logsumexp(1) - s.masked_fill(~right[asked], -torch.inf).logsumexp(1)
         return (each * shares[asked]).sum() / shares[asked].sum()
 
-    return minimised(loss, torch.zeros(x.shape[2]))
+    return minimised(loss, torch.zeros(x.shape[2]), RIDGE[0])
 
 
 def outcomes(x: Tensor, outcome: Tensor, shares: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -76,14 +75,18 @@ def outcomes(x: Tensor, outcome: Tensor, shares: Tensor, count: int) -> tuple[Te
         logits = flat @ weights[:, :-1].T + 10 * weights[:, -1]  # so that the ridge hardly touches the bias
         return (F.cross_entropy(logits, wanted, reduction="none") * each_share).sum() / each_share.sum()
 
-    found = minimised(loss, torch.zeros(count, x.shape[2] + 1))
+    found = minimised(loss, torch.zeros(count, x.shape[2] + 1), RIDGE[1])
     return found[:, :-1], 10 * found[:, -1]
 
 
-def fit(model: Model, pool: Pool, source: Lists, kinds: Sequence[float]) -> dict[str, Any]:
-    """Set the linear part of `model` from the lists of a fold, asked as `kinds` (shares of KINDS) says; and what was found, by feature."""
-    parts = [(features(model, pool, source, kind, chosen), share) for kind, share in zip(KINDS, kinds, strict=True)
-             if share and len(chosen := askable(pool, source, kind))]  # fmt: skip
+def fit(model: Model, pool: Pool, source: Lists, kinds: Sequence[float]) -> None:
+    """Set the linear part of `model` from the lists of a fold, asked as `kinds` (shares of KINDS) says."""
+    chosen: list[tuple[Kind, np.ndarray, float]] = [
+        (kind, askable(pool, source, kind), share) for kind, share in zip(KINDS, kinds, strict=True)
+    ]
+    parts = [(features(model, pool, source, kind, rows), share) for kind, rows, share in chosen if share and len(rows)]
+    if not parts:
+        return
     x, level = torch.cat([part[0] for part, _ in parts]), torch.cat([part[1] for part, _ in parts])
     shares = torch.cat([torch.full((len(part[1]),), share / len(part[1])) for part, share in parts])
     center, spread = x[level >= 0].mean(0), x[level >= 0].std(0).clamp_min(1e-2)
@@ -100,7 +103,6 @@ def fit(model: Model, pool: Pool, source: Lists, kinds: Sequence[float]) -> dict
         model.linear.bias[0] = 0.0
         if isinstance(model, ListwiseReranker):
             model.null_bias.copy_(_threshold(x @ model.linear.weight[0], level))
-    return {"lists": len(x), "spread": [round(value, 4) for value in spread.tolist()]}
 
 
 def _threshold(s: Tensor, level: Tensor) -> Tensor:
@@ -110,4 +112,4 @@ def _threshold(s: Tensor, level: Tensor) -> Tensor:
     def loss(at: Tensor) -> Tensor:
         return F.softplus(at - right).mean() + F.softplus(wrong - at).mean()
 
-    return minimised(loss, right.mean()[None])[0] if len(right) and len(wrong) else s.new_zeros(())
+    return minimised(loss, right.mean()[None], 0.0)[0] if len(right) and len(wrong) else s.new_zeros(())

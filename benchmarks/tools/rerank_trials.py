@@ -1,35 +1,64 @@
-"""Rerankers trained on the candidates of a root, and what each order finds for the queries of fold `test`.
+"""Rerankers trained on the candidates of a root, and what they make of the queries of fold `test`.
 
 A root has its items, embedder, index and candidates, as their jobs leave them. Both models train on the same lists for the same time.
+Q queries, N documents of each, in canonical order.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from idem import manifest, metrics, storage
-from index.candidates import NAME, TEST
+from index.candidates import CHOSEN_ON, LEARNT, NAME, TEST
 from pipelines.items import Items, open_items
 from train import rerank_loop, rerank_select
 from train.embedder import Embedder
-from train.rerank_data import Kind, Lists, Pool, places_shape
+from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, padded, served
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import Choice, Scored, arrange, probability
 from train.rerank_model import Model
 from train.rerank_run import gather
+from train.rerank_score import score
 
-ALL_QUERIES = 1_000_000
+ASKS = {
+    "emoji": "id_split = 'dev_unseen' AND style != 'noto'",
+    "grocery": "id_split = 'dev_unseen' AND role = 'photo' AND split = 'test'",
+}
+DEPTH = 50
+ABSENT = 0.3  # share of queries whose product is removed (METHOD.md section 4)
+METRICS = ("I-HR@1", "C-HR@10", "nDCG@10")
+
+
+def prepared(name: str, seed: int, keep: Path, data: Path) -> str:
+    """The root of a set and a seed, made by the jobs that are not done yet; an embedder takes minutes."""
+    root, runs = str(keep / f"{name}-{seed}"), f"runs/{name}.toml"
+    given = {
+        "pipelines.ingest": [f"ingest.source={data / name}"],
+        "train.run": ["train.texts=[]", f"train.loop.seed={seed}"],
+        "index.run": [],
+        "index.candidates": [f"candidates.k={DEPTH}", f"candidates.test={ASKS[name]}"],
+    }
+    for module, settings in given.items():
+        words = [word for setting in [f"root={root}", *settings] for word in ("--set", setting)]
+        subprocess.run([sys.executable, "-m", module, runs, *words], check=True, stdout=subprocess.DEVNULL)
+    return root
+
+
+def embedder_of(root: str) -> str:
+    return manifest.current(storage.Layout(root).embedder, kind="embedder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
-    """What is there to train on; fields: what of an item was indexed."""
+    """What is there to train on. reader: what rerankers see pictures with; fields: what of an item was indexed."""
 
     items: Items
     embedder: Embedder
@@ -39,24 +68,21 @@ class Root:
 
     @classmethod
     def open(cls, path: str, reader: str = "") -> "Root":
-        """reader: folder of the embedder that rerankers read pictures with; the retrieval's own where it is empty."""
+        """reader: folder of an embedder; the retrieval's own where it is empty."""
         layout = storage.Layout(path)
         folder = manifest.current(layout.candidates, kind="candidates")
-        found = manifest.read(folder, kind="candidates")
-        embedder = Embedder.load(manifest.current(layout.embedder, kind="embedder"))
+        embedder = Embedder.load(embedder_of(path))
         return cls(
             items=open_items(layout.items),
             embedder=embedder,
             reader=Embedder.load(reader) if reader else embedder,
             table=pq.read_table(f"{folder}/{NAME}"),
-            fields=found.config["fields"],
+            fields=manifest.read(folder, kind="candidates").config["fields"],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A reranker, the tokens it reads, and what it was trained on."""
-
     config: RerankConfig
     model: Model
     pool: Pool
@@ -68,51 +94,92 @@ def train(root: Root, config: RerankConfig) -> Trained:
     """As the job trains it, on one worker."""
     pool, lists = gather(root.table, root.items, root.embedder, root.reader, config, fields=root.fields)
     began = time.perf_counter()
-    state = rerank_loop.start(config, config.shape(root.reader), pool, lists["rerank"], root.reader.image_head())
-    state = rerank_loop.train(state, config, pool, lists["rerank"], lists["calibrate"])
+    state = rerank_loop.start(config, config.shape(root.reader), pool, lists[LEARNT], root.reader.image_head())
+    fitted = time.perf_counter() - began
+    state = rerank_loop.train(state, config, pool, lists[LEARNT], lists[CHOSEN_ON])
     if state.failed:
         raise ValueError(f"training failed: {state.failed}")
     state.model.load_state_dict(state.best)
-    figures = {
-        "seconds": round(time.perf_counter() - began, 1),
-        "steps": state.step,
-        "best_step": state.best_step,
-        "best_loss": round(state.best_loss, 4),
-        "lists": {fold: len(each) for fold, each in lists.items()},
-    }
+    figures = {"fit_seconds": round(fitted, 1), "seconds": round(state.seconds, 1), "steps": state.step, "best_step": state.best_step}
     return Trained(config=config, model=state.model.eval(), pool=pool, lists=lists, figures=figures)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Q lists, scored: `levels` of their documents in canonical order, `families` (Q,) of the queries."""
+    """Lists that were scored: `levels` of their documents, `families` (Q,) of the queries."""
 
     scored: list[Scored]
     levels: list[np.ndarray]
     families: np.ndarray
 
     @classmethod
-    def of(cls, trained: Trained, fold: str, kind: Kind, depth: int, queries: int = ALL_QUERIES) -> "Answers":
-        config = trained.config
-        with torch.inference_mode():
-            found = rerank_select.measure(
-                trained.model, trained.pool, trained.lists[fold], kind=kind, depth=depth, chunk=config.chunk, queries=queries
-            )
+    def of(cls, trained: Trained, fold: str = TEST, kind: Kind = "image") -> "Answers":
+        source, chunk = trained.lists[fold], trained.config.chunk
+        found = rerank_select.measure(trained.model, trained.pool, source, kind=kind, depth=DEPTH, chunk=chunk, queries=len(source))
         return cls(scored=found.scored, levels=found.levels, families=found.families)
 
-    def ordered(self, choice: Choice) -> list[np.ndarray]:
-        """Levels in the order of `choice`."""
-        return [levels[arrange(scored, choice)] for scored, levels in zip(self.scored, self.levels, strict=True)]
+    def measured(self) -> rerank_select.Measured:
+        return rerank_select.Measured(scored=self.scored, levels=self.levels, families=self.families)
+
+    def judged(self, choice: Choice) -> dict[str, np.ndarray]:
+        """METRICS (Q,) of an order, over the candidates (METHOD.md section 4)."""
+        rows = [_judged(levels[arrange(scored, choice)]) for scored, levels in zip(self.scored, self.levels, strict=True)]
+        return dict(zip(METRICS, np.array(rows).T, strict=True))
+
+    def firsts(self, choice: Choice, slope: float, bias: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """r (Q,) of the first answers, and whether they are right (Q,), where ABSENT of the queries have their product removed."""
+        absent = np.random.default_rng(seed).random(len(self.levels)) < ABSENT
+        logits, right = [], []
+        for scored, levels, gone in zip(self.scored, self.levels, absent, strict=True):
+            order = [i for i in arrange(scored, choice) if not gone or levels[i] > 0]
+            if order:
+                logits.append(scored.logit[order[0]])
+                right.append(levels[order[0]] == 0)
+        return probability(np.array(logits), slope, bias), np.array(right, np.float64)
+
+    def instances(self, threshold: float) -> tuple[float, float, float]:
+        """Precision, recall and F1 of "the logit of r is above the threshold" for "it is the product", over all pairs."""
+        logit, level = np.concatenate([s.logit for s in self.scored]), np.concatenate(self.levels)
+        said, true = logit > threshold, level == 0
+        hits = float((said & true).sum())
+        precision, recall = hits / max(said.sum(), 1), hits / max(true.sum(), 1)
+        return precision, recall, 2 * precision * recall / max(precision + recall, 1e-9)
+
+    def threshold(self) -> float:
+        """The logit at which F1 is best."""
+        tried = np.quantile(np.concatenate([s.logit for s in self.scored]), np.linspace(0.9, 0.999, 100))
+        return float(max(tried, key=lambda at: self.instances(at)[2]))
 
 
-def judged(ordered: list[np.ndarray]) -> Mapping[str, np.ndarray]:
-    """(Q,) I-HR@1, C-HR@10 and nDCG@10 over the candidates (METHOD.md section 4)."""
-    rows = [
-        (float(levels[0] == 0), _coarse(levels), metrics.ndcg_at(levels, 10, np.bincount(levels, minlength=metrics.LEVELS))) for levels in ordered
+def _judged(levels: np.ndarray) -> tuple[float, float, float]:
+    counts = np.bincount(levels, minlength=metrics.LEVELS)
+    coarse = metrics.hit_rate_at(levels, 10, int(counts[:2].sum()), 1) if counts[:2].any() else 0.0
+    return float(levels[0] == 0), coarse, metrics.ndcg_at(levels, 10, counts)
+
+
+def flips(trained: Trained, choice: Choice, queries: int = 300, seed: int = 0) -> float:
+    """Share of queries whose first answer changes when the documents come shuffled and are not put in canonical order."""
+    source, random, changed = trained.lists[TEST], np.random.default_rng(seed), 0
+    chosen = random.permutation(len(source))[:queries]
+    for query in chosen.tolist():
+        numbers = served(source, query, "image", DEPTH)
+        firsts = [_first(trained, source, query, each, choice) for each in (numbers, random.permutation(numbers))]
+        changed += firsts[0] != firsts[1]
+    return changed / len(chosen)
+
+
+def _first(trained: Trained, source: Lists, query: int, numbers: np.ndarray, choice: Choice) -> int:
+    documents, cosine, level = (t[query][numbers][None] for t in (source.documents, source.cosines[KINDS.index("image")], source.levels))
+    batch = assemble(trained.pool, source.queries[[query]], ["image"], padded(documents), padded(cosine, 0), padded(level))
+    (scored,) = score(trained.model, batch, chunk=trained.config.chunk)
+    return int(numbers[arrange(scored, choice)[0]])
+
+
+def sure(r: np.ndarray, right: np.ndarray, settings: tuple[float, ...]) -> list[Mapping[str, float]]:
+    """For each `min_score`: the share of queries that get an answer, the precision that r predicts for them, and the one observed."""
+    kept = [r >= at for at in settings]
+    return [
+        {"min_score": at, "answered": float(k.mean()), "predicted": float(r[k].mean()), "observed": float(right[k].mean())}
+        for at, k in zip(settings, kept, strict=True)
+        if k.any()
     ]
-    return dict(zip(("I-HR@1", "C-HR@10", "nDCG@10"), np.array(rows).T, strict=True))
-
-
-def _coarse(levels: np.ndarray) -> float:
-    right = int((levels <= 1).sum())
-    return float((levels[: min(10, right)] <= 1).mean()) if right else 0.0

@@ -24,6 +24,7 @@ SMALL = (
     "train.loop.minutes=0.2",
     "train.loop.batch=32",
     "rerank.minutes=0.15",
+    "rerank.reader_minutes=0.1",
     "rerank.select_queries=40",
     "evaluate.max_queries=30",
     "evaluate.timed=10",

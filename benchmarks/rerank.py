@@ -1,0 +1,254 @@
+"""The listwise reranker against the order of retrieval and the pointwise one: what is found, what r is worth, and how fast.
+
+quality  emoji and grocery, queries of products that neither the embedder nor a reranker has seen, their 50 nearest; three seeds, each an
+         embedder and two rerankers trained on the same lists for the same time, which read with the embedder of the next seed
+speed    requests of 8, 50 and 100 candidates, tokens of their pictures at hand; the query's part computed once, or with each chunk
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.tools import paired, rerank_trials
+from benchmarks.tools.measuring import Figure, aligned, at_least, at_most, rounded, save, surroundings, table, verdict
+from benchmarks.tools.rerank_trials import METRICS, Answers, Root, Trained, embedder_of, prepared
+from idem import job, metrics
+from index.candidates import CHOSEN_ON
+from train import rerank_score, rerank_select
+from train.backbones.compact import VOCABULARY, Compact, CompactConfig
+from train.embedder import Embedder
+from train.rerank_blocks import Batch
+from train.rerank_loop import RerankConfig
+from train.rerank_merge import MERGES, Choice
+from train.rerank_model import MODELS, Kind
+
+JOB = "benchmarks.rerank"
+PARTS = ("quality", "speed")
+SETS = ("emoji", "grocery")
+RETRIEVAL = rerank_select.RETRIEVAL
+ORDERS = {f"{merge}{', last' * last}": Choice(merge=merge, last=last) for merge in MERGES for last in (False, True)}
+BY_R = Choice(merge="relevance", last=False)
+ECE_BAR, SKILL_BAR, PRECISION_BAR, FLIP_BAR, SPEED_BAR, GROWTH_BAR = 0.05, 0.3, 0.03, 0.08, 2.0, 1.1
+SURE = (0.3, 0.5, 0.7)  # settings of min_score
+COUNTS, REPEATS = (8, 50, 100), 31
+TEXT = 24  # tokens of a document's text
+SLICES = (16, 32, 64, 128)  # documents at a time, of which the pointwise model gets its best
+
+
+def quality(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    figures: list[Figure] = []
+    told: dict[str, Any] = {}
+    for name in arguments.sets:
+        seeds = range(arguments.seeds)
+        roots = [prepared(name, seed, Path(arguments.keep), Path(arguments.data)) for seed in seeds]
+        trained = [
+            _both(arguments, root, embedder_of(roots[(seed + 1) % len(roots)]), seed) for seed, root in zip(seeds, roots, strict=True)
+        ]
+        made, more = compared(name, trained)
+        figures, told[name] = figures + made, more
+    return figures, told
+
+
+def _both(arguments: argparse.Namespace, path: str, reader: str, seed: int) -> dict[Kind, Trained]:
+    root, kinds = Root.open(path, reader), tuple(MODELS)
+    made = {}
+    for kind in kinds:
+        config = RerankConfig(root=path, model=kind, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH)
+        made[kind] = rerank_trials.train(root, config)
+        say(f"{path} {kind}: {made[kind].figures}")
+    return made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seed:
+    """What one seed says: answers of both models on the test and the calibrate fold; choice: the best order of the latter."""
+
+    trained: dict[Kind, Trained]
+    test: dict[Kind, Answers]
+    calibrate: dict[Kind, Answers]
+    choice: Choice
+
+    @classmethod
+    def of(cls, trained: dict[Kind, Trained]) -> "Seed":
+        test: dict[Kind, Answers] = {kind: Answers.of(each) for kind, each in trained.items()}
+        calibrate: dict[Kind, Answers] = {kind: Answers.of(each, CHOSEN_ON) for kind, each in trained.items()}
+
+        def worth(choice: Choice) -> float:
+            judged = calibrate["listwise"].judged(choice)
+            return float(judged["I-HR@1"].mean() + judged["nDCG@10"].mean())
+
+        return cls(trained=trained, test=test, calibrate=calibrate, choice=max(ORDERS.values(), key=worth))
+
+    def chosen(self, kind: Kind) -> Choice:
+        return self.choice if kind == "listwise" else BY_R
+
+    def firsts(self, kind: Kind, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """r and right (Q,) of the first answers of the test fold; r as fitted on the calibrate fold."""
+        choice = self.chosen(kind)
+        slope, bias = rerank_select.temperature(*rerank_select.tops(self.calibrate[kind].measured(), choice))
+        return self.test[kind].firsts(choice, slope, bias, seed)
+
+
+def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Figure], dict[str, Any]]:
+    """Figures of one set over its seeds, and the table of all orders."""
+    seeds = [Seed.of(each) for each in trained]
+    families = {"": seeds[0].test["listwise"].families}
+    judged = {
+        "retrieval": [s.test["listwise"].judged(RETRIEVAL) for s in seeds],
+        "pointwise": [s.test["pointwise"].judged(BY_R) for s in seeds],
+        "listwise": [s.test["listwise"].judged(s.choice) for s in seeds],
+        **{f"listwise, {order}": [s.test["listwise"].judged(choice) for s in seeds] for order, choice in ORDERS.items()},
+    }
+    means = {order: {m: float(np.mean([each[m].mean() for each in of])) for m in METRICS} for order, of in judged.items()}
+    say(aligned([(name, *METRICS), *((order, *(f"{100 * of[m]:.2f}" for m in METRICS)) for order, of in means.items())], left=1))
+    figures, intervals = [], {}
+    for metric in ("I-HR@1", "nDCG@10"):
+        for peer in ("retrieval", "pointwise"):
+            gained = np.mean([a[metric] - b[metric] for a, b in zip(judged["listwise"], judged[peer], strict=True)], axis=0)
+            intervals[f"{metric} above {peer}"] = paired.interval({"": gained}, families)
+            pair = Figure(name=f"{name}, {metric}", value=means["listwise"][metric], peer=peer, peer_value=means[peer][metric])
+            figures.append(at_least(pair, 1.0))
+    of_pairs = {kind: np.mean([s.test[kind].instances(s.calibrate[kind].threshold()) for s in seeds], axis=0).tolist() for kind in MODELS}
+    for at, what in ((2, "instance F1"), (1, "instance recall")):
+        mine, theirs = of_pairs["listwise"][at], of_pairs["pointwise"][at]
+        figures.append(at_least(Figure(name=f"{name}, {what}", value=mine, peer="pointwise", peer_value=theirs), 1.0))
+    r, right = (np.concatenate(column) for column in zip(*(s.firsts("listwise", i) for i, s in enumerate(seeds)), strict=True))
+    ece, skill = metrics.expected_calibration_error(r, right), metrics.brier_skill(r, right)
+    shares = rerank_trials.sure(r, right, SURE)
+    off = max((abs(each["predicted"] - each["observed"]) for each in shares), default=1.0)
+    flipped = float(np.mean([rerank_trials.flips(s.trained["listwise"], s.choice) for s in seeds]))
+    figures += [
+        at_most(Figure(name=f"{name}, ECE of {len(r):,} first answers", value=ece, peer="bar", peer_value=ECE_BAR), 1.0),
+        at_least(Figure(name=f"{name}, Brier skill", value=skill, peer="bar", peer_value=SKILL_BAR), 1.0),
+        at_most(Figure(name=f"{name}, precision of min_score off by", value=off, peer="bar", peer_value=PRECISION_BAR), 1.0),
+        at_most(Figure(name=f"{name}, flips without canonical order", value=flipped, peer="bar", peer_value=FLIP_BAR), 1.0),
+    ]
+    return figures, {
+        "orders": means,
+        "intervals": intervals,
+        "chosen": [s.choice.model_dump() for s in seeds],
+        "instances": of_pairs,
+        "min_score": shares,
+        "base_rate": float(right.mean()),
+        "queries": len(families[""]),
+        "families": len(np.unique(families[""])),
+        "trained": [{kind: t.figures for kind, t in s.trained.items()} for s in seeds],
+    }
+
+
+def drawn(queries: int, documents: int, places: int, channels: int) -> Batch:
+    """Requests of random tokens, texts and cosines, all documents with picture and text."""
+    random = torch.Generator().manual_seed(0)
+    return Batch(
+        q_image=torch.randn(queries, places, channels, generator=random),
+        q_mask=torch.ones(queries, places, dtype=torch.bool),
+        q_text=torch.zeros(queries, 4, dtype=torch.int64),
+        d_image=torch.randn(queries, documents, places, channels, generator=random),
+        d_mask=torch.ones(queries, documents, places, dtype=torch.bool),
+        d_text=torch.randint(4, VOCABULARY, (queries, documents, TEXT), generator=random),
+        cosine=torch.rand(queries, documents, generator=random),
+        level=torch.full((queries, documents), 3),
+    )
+
+
+def apart(batch: Batch, size: int) -> Batch:
+    """The one request as many of `size` documents each, so that the query's part is computed with every one; the last is filled up."""
+    count = -(-batch.level.shape[1] // size)
+    rows = torch.arange(count * size).remainder(batch.level.shape[1])
+    of_query = {name: getattr(batch, name).expand(count, *getattr(batch, name).shape[1:]) for name in ("q_image", "q_mask", "q_text")}
+    names = ("d_image", "d_mask", "d_text", "cosine", "level")
+    return Batch(**of_query, **{name: getattr(batch, name)[0, rows].unflatten(0, (count, size)) for name in names})
+
+
+def milliseconds(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median of each, taking turns."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(REPEATS):
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            work()
+            taken[name] += [1e3 * (time.perf_counter() - start)] if turn else []
+    return {name: statistics.median(each) for name, each in taken.items()}
+
+
+def speed(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    reader = Embedder(Compact(CompactConfig()))
+    found: dict[int, dict[str, float]] = {}
+    for count in COUNTS:
+        contenders: dict[str, Callable[[], Any]] = {}
+        for kind in MODELS:
+            config = RerankConfig(root="", model=kind)
+            model = MODELS[kind](config.shape(reader)).eval()
+            one = drawn(1, count, model.shape.tokens, model.shape.channels)
+            for size in SLICES if kind == "pointwise" else (rerank_score.SLICE,):
+                contenders[f"{kind} {size}"] = _scoring(model, one, config.chunk, size)
+            contenders[f"{kind} apart"] = _scoring(model, apart(one, config.chunk), config.chunk, rerank_score.SLICE)
+        found[count] = milliseconds(contenders)
+    best = {
+        n: {kind: min(v for k, v in of.items() if k.startswith(kind) and "apart" not in k) for kind in MODELS} for n, of in found.items()
+    }
+    rows = [
+        (f"{n} candidates", *(f"{v:.1f}" for v in (*best[n].values(), *(found[n][f"{kind} apart"] for kind in MODELS)))) for n in COUNTS
+    ]
+    say(aligned([("ms a request", *MODELS, *(f"{kind}, prefix not shared" for kind in MODELS)), *rows], left=1))
+    middle, most = (best[count] for count in COUNTS[1:])
+    faster = Figure(name="listwise, times as fast at 50", value=middle["pointwise"] / middle["listwise"], peer="bar", peer_value=SPEED_BAR)
+    each, before = most["listwise"] / COUNTS[2], middle["listwise"] / COUNTS[1]
+    growth = Figure(name="ms a candidate of 100", value=each, peer="of 50", peer_value=before)
+    figures = [at_least(faster, 1.0), at_most(growth, GROWTH_BAR)]
+    return figures, {"milliseconds": found}
+
+
+def _scoring(model: Any, batch: Batch, chunk: int, size: int) -> Callable[[], Any]:
+    def work() -> None:
+        rerank_score.SLICE = size
+        rerank_score.score(model, batch, chunk=chunk)
+
+    return work
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    figures: list[Figure] = []
+    told: dict[str, Any] = {}
+    for part in arguments.parts:
+        made, told[part] = {"quality": quality, "speed": speed}[part](arguments)
+        figures += made
+    say(table([], figures))
+    result = {
+        "figures": [rounded({**asdict(figure), "ratio": figure.ratio}) for figure in figures],
+        "holds": verdict(figures),
+        **surroundings(JOB, ("torch", "numpy")),
+    }
+    return {**result, "saved": save("rerank", {**result, **told})} if arguments.save else result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {JOB}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=1.0, help="of each reranker's training")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", default="../shared/data", help="folder of the public sets")
+    parser.add_argument("--keep", default="out/bench-rerank", help="folder for roots, whose embedders take minutes each")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/rerank_<cores>cpu_<date>.json as well")
+    arguments = parser.parse_args(argv)
+    return job.guarded(JOB, lambda: bench(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
