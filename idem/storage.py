@@ -248,6 +248,10 @@ class Layout:
         return join(self.root, "candidates")
 
     @property
+    def judgements(self) -> str:
+        return join(self.root, "judgements")
+
+    @property
     def reranker(self) -> str:
         return join(self.root, "reranker")
 

@@ -26,7 +26,8 @@ VALIDATION_SEED = 7_919
 
 class RerankConfig(Table):
     """model: listwise, or the pointwise baseline, which sees pictures in two views. reader_minutes: given to a tower of its own, trained
-    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's.
+    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's. judgements: a
+    parquet file of JUDGEMENTS, of people or of train.rerank_label: levels that all its judges agree on replace those of the candidates.
 
     Training ends at `minutes` of wall time or at `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold
     in a row found nothing better. `batch` is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by
@@ -34,6 +35,7 @@ class RerankConfig(Table):
     """
 
     model: Kind = "listwise"
+    judgements: str = ""
     reader_minutes: Annotated[float, Field(ge=0)] = 0.0
     minutes: Annotated[float, Field(gt=0)] = 1.0
     steps: Annotated[int, Field(ge=1)] = 100_000

@@ -27,6 +27,7 @@ from train import run as train_run
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
 from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, places_shape, text_tokens, title_codes
+from train.rerank_label import agreed
 from train.rerank_loop import RerankConfig, State
 from train.rerank_model import MODELS
 
@@ -231,11 +232,17 @@ def run(config: RerankConfig) -> dict[str, Any]:
     found = manifest.read(candidates, kind="candidates")
     matching(found, items=items.id, embedder=embedder.id)
     inputs = {"items": items.id, "embedder": embedder.id, "candidates": found.id}
+    if config.judgements:
+        if not storage.exists(config.judgements):
+            raise ValueError(f"there is no file of judgements at {config.judgements} (rerank.judgements)")
+        inputs["judgements"] = manifest.checksum(config.judgements).sha256[:16]
     made = manifest.Plan(parent=layout.reranker, kind="reranker", config=config.settings(), inputs=inputs)
     if before := made.finished():
         return {**before.figures, "skipped": True}
     (name,) = found.files
     table = pq.read_table(storage.local_path(storage.join(candidates, name)))
+    if config.judgements:
+        table = agreed(table, pq.read_table(storage.local_path(config.judgements)))
     if why := too_few(table, config):
         figures = {"identity": True, "reason": why}
         publish(made, {**figures, "embedder": embedder.id}, {}, [])
