@@ -15,7 +15,7 @@ from PIL import Image
 from idem import manifest, schema
 from idem.storage import Layout
 from idem.types import Document, Query
-from train import rerank_run
+from train import rerank_label, rerank_run
 from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_loop import RerankConfig
@@ -72,7 +72,8 @@ def candidates(queries: int) -> pa.Table:
 
 @pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    monkeypatch.setattr(rerank_run, "open_items", lambda uri: FakeItems())
+    for module in (rerank_run, rerank_label):
+        monkeypatch.setattr(module, "open_items", lambda uri: FakeItems())
     layout = Layout(str(tmp_path))
     torch.manual_seed(0)
     made = manifest.Plan(parent=layout.embedder, kind="embedder", config={"fractions": [0.7, 0.2, 0.1]}, inputs={})
@@ -91,7 +92,7 @@ def offer(layout: Layout, table: pa.Table, **other: str) -> None:
 
 
 def config(layout: Layout, **changed: object) -> RerankConfig:
-    small = {"steps": 40, "minutes": 5, "width": 16, "layers": 1, "heads": 2, "match": 8, "chunk": 5, "least_queries": 5}
+    small = {"steps": 40, "patience": 99, "minutes": 5, "width": 16, "layers": 1, "heads": 2, "match": 8, "chunk": 5, "least_queries": 5}
     return RerankConfig.model_validate({"root": layout.root, **small, **changed})
 
 
@@ -176,3 +177,17 @@ def test_two_workers_train_what_the_reader_opens(layout: Layout, ray_session: No
     assert isinstance(reranker, Reranker)
     assert sorted(reranker.rerank(Query(image=picture(3, 1)), shown).order) == list(range(7))
     assert rerank_run.run(config(layout))["skipped"]
+
+    told = rerank_label.run(rerank_label.LabelConfig(root=layout.root, judge=str(folder), sure=0.6))
+    assert told["pairs"] == sum(map(len, candidates(100)["item_ids"].to_pylist()))
+    assert 0 < told["disagreed"] < told["sure"] <= told["pairs"]
+    assert rerank_label.run(rerank_label.LabelConfig(root=layout.root, judge=str(folder), sure=0.6))["skipped"]
+    again = rerank_run.run(config(layout, judgements=told["file"], least_queries=2))
+    assert "skipped" not in again
+    assert not again["identity"]
+
+
+def test_a_file_of_judgements_that_is_not_there_is_named(layout: Layout) -> None:
+    offer(layout, candidates(100))
+    with pytest.raises(ValueError, match=r"no file of judgements at nowhere\.parquet"):
+        rerank_run.run(config(layout, judgements="nowhere.parquet"))
