@@ -87,7 +87,7 @@ class Reranker:
     def load(cls, path: str, *, embedder_path: str) -> "Reranker | IdentityReranker":
         """Open the artifact at `path`; where training had too little to learn from it is the identity.
 
-        ValueError if it is damaged, or was trained on the tower of another embedder than the one at `embedder_path`.
+        ValueError if it is damaged, of another version, or was trained with another embedder than the one at `embedder_path`.
         """
         made = manifest.read(path, kind="reranker")
         manifest.verify(path, made)
@@ -96,9 +96,14 @@ class Reranker:
             return IdentityReranker()
         embedder = Embedder.load(embedder_path)
         if config["embedder"] != embedder.id:
-            raise ValueError(f"the reranker at {path} reads with embedder {config['embedder']}, found {embedder.id} at {embedder_path}")
+            raise ValueError(
+                f"the reranker at {path} was trained with embedder {config['embedder']}, found {embedder.id} at {embedder_path}"
+            )
         model = MODELS[config.get("model", "listwise")](Shape(**config["shape"]))
-        model.load_state_dict(load_file(storage.local_path(storage.join(path, "model.safetensors"))))
+        try:
+            model.load_state_dict(load_file(storage.local_path(storage.join(path, "model.safetensors"))))
+        except RuntimeError as error:
+            raise ValueError(f"the reranker at {path} is of another version of this program: train it again ({error})") from error
         reader = Embedder.load(storage.join(path, config["reader"])) if config.get("reader") else embedder
         served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
         return cls(model, reader, served=served, chunk=config["chunk"], id=made.id)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -243,12 +244,28 @@ def test_load_gives_what_was_saved_and_knows_its_embedder(tmp_path: Path) -> Non
     assert isinstance(loaded, Reranker)
     assert loaded.rerank(QUERIES[2], documents(12)) == reranker.rerank(QUERIES[2], documents(12))
     made = reranker_artifact(tmp_path / "other", reranker, {**said, "embedder": "another"})
-    with pytest.raises(ValueError, match="reads with embedder another"):
+    with pytest.raises(ValueError, match="trained with embedder another"):
+        Reranker.load(made.folder, embedder_path=embedder.folder)
+    made = reranker_artifact(tmp_path / "older", reranker, {**said, "shape": {**shape, "layers": 3}})
+    with pytest.raises(ValueError, match="another version of this program: train it again"):
         Reranker.load(made.folder, embedder_path=embedder.folder)
     made = reranker_artifact(tmp_path / "identity", reranker, {"identity": True, "embedder": embedder.id})
     identity = Reranker.load(made.folder, embedder_path=embedder.folder)
     assert isinstance(identity, IdentityReranker)
     assert (identity.identity, loaded.identity) == (True, False)
+
+
+def test_a_reranker_with_a_tower_of_its_own_reads_with_that(tmp_path: Path) -> None:
+    reranker, embedder, own = make(), embedder_artifact(tmp_path), embedder_artifact(tmp_path / "own")
+    served = {kind: SERVED[kind].model_dump() for kind in KINDS}
+    said = {"identity": False, "embedder": embedder.id, "chunk": 10, "shape": reranker.model.shape.model_dump(), "served": served}
+    made = reranker_artifact(tmp_path, reranker, {**said, "reader": "reader/own"})
+    shutil.copytree(own.folder, Path(made.folder, "reader", "own"))
+    shutil.rmtree(own.folder)
+    loaded = Reranker.load(made.folder, embedder_path=embedder.folder)
+    assert isinstance(loaded, Reranker)
+    assert isinstance(loaded.reader, Embedder)
+    assert loaded.rerank(QUERIES[2], documents(12)) == reranker.rerank(QUERIES[2], documents(12))
 
 
 def test_the_identity_keeps_the_order_of_retrieval() -> None:
