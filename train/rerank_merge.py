@@ -29,6 +29,12 @@ class Scored:
     final: np.ndarray
 
 
+def apart(logit: np.ndarray, chunk: int) -> Scored:
+    """What was judged pair by pair, as if it had been compared: the order of any chunk is that of all."""
+    finalists = np.sort(np.argsort(-logit, kind="stable")[:chunk])
+    return Scored(chunk=chunk, local=logit, null=np.zeros_like(logit), logit=logit, finalists=finalists, final=logit[finalists])
+
+
 class Choice(BaseModel):
     """How an order is made. blend is the share of the reranked order; 0 keeps retrieval's."""
 

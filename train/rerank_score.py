@@ -8,7 +8,7 @@ import torch
 
 from train.rerank_blocks import Batch, Encoded
 from train.rerank_data import in_time
-from train.rerank_merge import Scored
+from train.rerank_merge import Scored, apart
 from train.rerank_model import Model, PointwiseReranker
 
 SLICE = 128  # documents encoded at a time, which bounds memory for long lists
@@ -43,7 +43,7 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
     counts = (batch.level >= 0).sum(1)
     if isinstance(model, PointwiseReranker):
         logits = model.answers(encoded).double().numpy()
-        return [_apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
+        return [apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
     queries, width = batch.level.shape
     levels = encoded.levels.double()
     logits = (levels[..., 0] - levels[..., 1:].logsumexp(-1)).numpy()
@@ -65,9 +65,3 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
         )
         for b, n in enumerate(counts.tolist())
     ]
-
-
-def _apart(logit: np.ndarray, chunk: int) -> Scored:
-    """What was judged pair by pair, as if it had been compared: the order of any chunk is that of all."""
-    finalists = np.sort(np.argsort(-logit, kind="stable")[:chunk])
-    return Scored(chunk=chunk, local=logit, null=np.zeros_like(logit), logit=logit, finalists=finalists, final=logit[finalists])
