@@ -144,7 +144,7 @@ def test_documents_are_encoded_as_the_index_has_them(layout: Layout, fields: str
     for item_id, row in items.rows.items():
         row["title"] = f"seen {item_id}"
     ids = ["p0-0", "p0-1", "p1-0"]  # the second has a broken picture
-    _, known = rerank_run._read(ids, items, embedder, config(layout), fields)  # type: ignore[arg-type]
+    _, known = rerank_run._read(ids, items, embedder, embedder, config(layout), fields)  # type: ignore[arg-type]
     titles = [f"seen {item_id}" for item_id in ids]
     pictures = [picture(0, 0), None, picture(1, 0)]
     texts = titles if fields == "both" else ["", titles[1], ""]
