@@ -59,9 +59,8 @@ def quality(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
 
 
 def _both(arguments: argparse.Namespace, path: str, reader: str, seed: int) -> dict[Kind, Trained]:
-    root, kinds = Root.open(path, reader), tuple(MODELS)
-    made = {}
-    for kind in kinds:
+    root, made = Root.open(path, reader), {}
+    for kind in MODELS:
         config = RerankConfig(root=path, model=kind, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH)
         made[kind] = rerank_trials.train(root, config)
         say(f"{path} {kind}: {made[kind].figures}")

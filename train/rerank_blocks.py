@@ -195,7 +195,7 @@ class Blocks(nn.Module):
         if self.own is None:
             return torch.zeros_like(batch.cosine)
         query, documents = self._own_vector(batch.q_image, batch.q_mask), self._own_vector(batch.d_image, batch.d_mask)
-        return torch.einsum("bd,bmd->bm", query, documents)
+        return (query[:, None] * documents).sum(-1)  # row by row: as a matrix product the last bits would tell a document's place
 
     def sequences(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         """Inputs and validity of the queries (B, Lq, D) and of the blocks (B, M, Lb, D), and the features (B, M, F)."""

@@ -195,6 +195,11 @@ def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
     )
 
 
+def askable(pool: Pool, source: Lists, kind: Kind) -> np.ndarray:
+    """Numbers of the lists whose query can be asked so."""
+    return np.flatnonzero((source.told | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text")))
+
+
 def assemble(pool: Pool, queries: np.ndarray, kinds: Sequence[Kind], documents: np.ndarray, cosine: np.ndarray, level: np.ndarray) -> Batch:
     """Tensors of queries (B,) asked as `kinds` and their documents (B, M), -1 for none."""
     q_pictured = pool.pictured[queries] & np.array([kind != "text" for kind in kinds])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from idem import job, manifest, schema, storage
 from idem.config import Table
 from idem.types import Document, Query, Ranking
-from pipelines.items import open_items
+from pipelines.items import Items, open_items
 from train.reranker import Reranker
 
 NAME = "judgements.parquet"
@@ -58,16 +58,31 @@ def rows(found: Mapping[str, Any], relevance: Sequence[float], name: str, sure: 
 def agreed(table: pa.Table, judgements: pa.Table) -> pa.Table:
     """CANDIDATES with the levels that judges agree on; a document of which they disagree leaves its list, one that nobody judged stays as
     it is. A list left without documents goes."""
-    said: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for query, item, level in zip(*(judgements[name].to_pylist() for name in ("query_id", "item_id", "level")), strict=True):
-        said[query, item].add(level)
-    made = []
+    said, made = _said(judgements), []
     for row in table.to_pylist():
-        pairs = [said.get((row["query_id"], item), {level}) for item, level in zip(row["item_ids"], row["levels"], strict=True)]
+        pairs = [set(said.get((row["query_id"], item), [level])) for item, level in zip(row["item_ids"], row["levels"], strict=True)]
         kept = [i for i, levels in enumerate(pairs) if len(levels) == 1]
         lists = {name: [row[name][i] for i in kept] for name in ("item_ids", "scores")}
         made += [{**row, **lists, "levels": [min(pairs[i]) for i in kept]}] if kept else []
     return pa.Table.from_pylist(made, schema=table.schema)
+
+
+def _said(judgements: pa.Table) -> dict[tuple[str, str], list[int]]:
+    """The levels that were given to each pair of query and item."""
+    said: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for query, item, level in zip(*(judgements[name].to_pylist() for name in ("query_id", "item_id", "level")), strict=True):
+        said[query, item].append(level)
+    return said
+
+
+def asked(judge: Judge, items: Items, found: Mapping[str, Any]) -> Sequence[float]:
+    """What `judge` says of the documents of one row of CANDIDATES."""
+    known = items.take([found["query_id"], *found["item_ids"]], COLUMNS).to_pylist()
+    documents = [
+        Document(item_id=i, text=told["title"], image=told["image"], score=score)
+        for i, told, score in zip(found["item_ids"], known[1:], found["scores"], strict=True)
+    ]
+    return judge.rerank(Query(image=known[0]["image"]), documents, mode="pointwise").relevance
 
 
 def run(config: LabelConfig) -> dict[str, Any]:
@@ -86,13 +101,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     (file,) = manifest.read(candidates, kind="candidates").files
     for row in tqdm(pq.read_table(storage.local_path(storage.join(candidates, file))).to_pylist(), desc="judge", unit="query"):
-        known = items.take([row["query_id"], *row["item_ids"]], COLUMNS).to_pylist()
-        documents = [
-            Document(item_id=i, text=told["title"], image=told["image"], score=score)
-            for i, told, score in zip(row["item_ids"], known[1:], row["scores"], strict=True)
-        ]
-        ranking = judge.rerank(Query(image=known[0]["image"]), documents, mode="pointwise")
-        found += rows(row, ranking.relevance, name, config.sure)
+        found += rows(row, asked(judge, items, row), name, config.sure)
     table = pa.Table.from_pylist(found, schema=schema.JUDGEMENTS)
     storage.local_path(made.folder).mkdir(parents=True, exist_ok=True)
     pq.write_table(table, storage.local_path(storage.join(made.folder, NAME)))
@@ -103,9 +112,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
 
 def counted(judgements: pa.Table) -> dict[str, int]:
     """Pairs, those that the judge was sure of, and those of them where it says other than the metadata."""
-    said: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for query, item, level in zip(*(judgements[name].to_pylist() for name in ("query_id", "item_id", "level")), strict=True):
-        said[query, item].append(level)
+    said = _said(judgements)
     sure = [levels for levels in said.values() if len(levels) > 1]
     return {"pairs": len(said), "sure": len(sure), "disagreed": sum(len(set(levels)) > 1 for levels in sure)}
 

@@ -103,8 +103,8 @@ class Match(nn.Module):
         ]
         pictured = torch.stack([(best_q * weights_q).sum(2), (best_d * weights_d).sum(2), worst, mean, same, *colours], 2)
         pictured = torch.cat([own_BM.unsqueeze(2), pictured], 2) * both.unsqueeze(2)
-        features = torch.cat([cosine_BM.unsqueeze(2), pictured, trigrams_BM.unsqueeze(2), both.unsqueeze(2)], 2)
-        features = torch.cat([features, (cosine_BM * (1 - both)).unsqueeze(2)], 2)
+        rest = torch.stack([trigrams_BM, both, cosine_BM * (1 - both)], 2)
+        features = torch.cat([cosine_BM.unsqueeze(2), pictured, rest], 2)
         seen = (both[..., None] * d_mask_BMT)[..., None]
         return features, torch.cat([(d_BMTP - q_BTP[rows, where]) * seen, shift * seen, best_d[..., None] * seen], 3)
 

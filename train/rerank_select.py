@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from idem import metrics
-from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, padded, served
+from train.rerank_data import KINDS, Kind, Lists, Pool, askable, assemble, padded, served
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import MERGES, Choice, Scored, arrange, probability
 from train.rerank_model import Model
@@ -51,8 +51,7 @@ class Measured:
 
 def measure(model: Model, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
     """Score at most `queries` lists, spread over the families, as the service would."""
-    able = (source.told | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text"))
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(able))[:queries]
+    chosen = np.random.default_rng(0).permutation(askable(pool, source, kind))[:queries]
     scored, levels = [], []
     with tqdm(total=len(chosen), desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5) as bar:
         for group in np.split(chosen, range(GROUP, len(chosen), GROUP)) if len(chosen) else []:

@@ -11,17 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.rerank_data import KINDS, Kind, Lists, Pool, assemble
+from train.rerank_data import KINDS, Kind, Lists, Pool, askable, assemble
+from train.rerank_losses import ABSENT
 from train.rerank_model import ListwiseReranker, Model, PointwiseReranker
 
 RIDGE = 1e-2, 1e-3  # on weights of features of unit deviation: of the order in a list, and of outcomes, of which most documents tell little
 BLOCK = 32  # lists at a time
-ABSENT = -1
-
-
-def askable(pool: Pool, source: Lists, kind: Kind) -> np.ndarray:
-    """Numbers of the lists whose query can be asked so."""
-    return np.flatnonzero((source.told | (kind == "image")) & (pool.pictured[source.queries] | (kind == "text")))
 
 
 @torch.inference_mode()

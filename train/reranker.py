@@ -63,6 +63,15 @@ def _size(tokens: np.ndarray | None) -> int:
     return tokens.nbytes if tokens is not None else 0
 
 
+def _first_alike(documents: Sequence[Document], order: Sequence[int]) -> list[int]:
+    """Places in `order`, in which documents that are the same stand together."""
+    first: list[int] = []
+    for place, position in enumerate(order):
+        same = place > 0 and documents[position] == documents[order[place - 1]]
+        first.append(first[-1] if same else place)
+    return first
+
+
 class Reranker:
     """`faults` counts documents and queries that could not be read whole: a picture that does not decode, a score that is
     not a number, which are ranked by what is left of them; and lists that the model gives no numbers for, as with broken weights."""
@@ -140,10 +149,11 @@ class Reranker:
             return rankings
         for at, (i, kind) in enumerate(zip(some, kinds, strict=True)):
             readable = bool(batch.q_mask[at].any() or batch.q_text[at].any())
-            rankings[i] = self._ranking(scored[at], positions[i], kind, mode, readable=readable)
+            rankings[i] = self._ranking(scored[at], positions[i], _first_alike(documents[i], positions[i]), kind, mode, readable=readable)
         return rankings
 
-    def _ranking(self, scored: Scored, positions: list[int], kind: Kind, mode: Mode, *, readable: bool) -> Ranking:
+    def _ranking(self, scored: Scored, positions: list[int], alike: list[int], kind: Kind, mode: Mode, *, readable: bool) -> Ranking:
+        """alike: for each place in canonical order the first that holds the very same document, whose r it has, to the last bit."""
         if not all(np.isfinite(each).all() for each in (scored.local, scored.null, scored.logit, scored.final)):
             self.faults += 1
             return retrieved(positions)
@@ -151,7 +161,7 @@ class Reranker:
         choice = served.choice if readable else RETRIEVAL
         order = arrange(scored, choice) if mode == "listwise" else np.argsort(-scored.logit, kind="stable").tolist()
         relevance, null = np.zeros(len(positions)), np.zeros(len(positions))
-        relevance[positions] = probability(scored.logit, served.slope, served.bias)
+        relevance[positions] = probability(scored.logit[alike], served.slope, served.bias)
         null[positions] = scored.local - scored.null
         return Ranking(order=tuple(positions[i] for i in order), relevance=tuple(relevance.tolist()), null=tuple(null.tolist()))
 

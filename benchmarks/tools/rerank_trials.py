@@ -33,7 +33,6 @@ ASKS = {
     "grocery": "id_split = 'dev_unseen' AND role = 'photo' AND split = 'test'",
 }
 DEPTH = 50
-ABSENT = 0.3  # share of queries whose product is removed (METHOD.md section 4)
 METRICS = ("I-HR@1", "C-HR@10", "nDCG@10")
 
 
@@ -127,8 +126,8 @@ class Answers:
         return dict(zip(METRICS, np.array(rows).T, strict=True))
 
     def firsts(self, choice: Choice, slope: float, bias: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """r (Q,) of the first answers, and whether they are right (Q,), where ABSENT of the queries have their product removed."""
-        absent = np.random.default_rng(seed).random(len(self.levels)) < ABSENT
+        """r (Q,) of the first answers, and whether they are right (Q,); some lists lose their product (rerank_select.ABSENT)."""
+        absent = np.random.default_rng(seed).random(len(self.levels)) < rerank_select.ABSENT
         logits, right = [], []
         for scored, levels, gone in zip(self.scored, self.levels, absent, strict=True):
             order = [i for i in arrange(scored, choice) if not gone or levels[i] > 0]

@@ -92,7 +92,7 @@ class Shop:
         for name, colour in self.colours.items():
             for number in range(2):
                 item_id = f"{name}/{number}"
-                self.pictures[item_id] = picture(colour, shade=12 * number)
+                self.pictures[item_id] = picture(colour, shade=60 * number)  # further apart than the last bits that a batch may turn
                 title = f"a {name} thing <b>{number}</b>"
                 self.hits.append(Hit(item_id=item_id, product_id=name, family_id=name, category="things", title=title, score=0.0))
         self.encoder, self.reranker = ColourEncoder(), Backwards()

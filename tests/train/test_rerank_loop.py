@@ -123,12 +123,13 @@ def test_what_is_fitted_on_whole_lists_finds_more_than_the_cosine() -> None:
 
 
 def test_training_learns_what_the_cosine_does_not_say(unfitted: None) -> None:
-    pool, made, state = fresh()
-    rerank_loop.train(state, CONFIG, pool, made["rerank"], made["calibrate"])
+    config = CONFIG.model_copy(update={"lr": 1e-2})
+    pool, made, state = fresh(config)
+    rerank_loop.train(state, config, pool, made["rerank"], made["calibrate"])
     assert state.step == 60
     assert state.best_step > 0
     looks = [c["calibrate_pairwise"] for c in state.curves if "calibrate_pairwise" in c]
-    assert min(looks) < 0.8 * looks[0]
+    assert min(looks) < 0.7 * looks[0]
     state.model.load_state_dict(state.best)
     settings = rerank_select.judge(state.model.eval(), CONFIG, pool, made["calibrate"])
     said = rerank_select.summary(settings["image"])
