@@ -294,5 +294,5 @@ def moved(reranker: Reranker, shown: Sequence[Document], added: str) -> float:
 def test_a_text_that_asks_to_be_first_gains_no_more_than_any_other(reranker: Reranker) -> None:
     shown = documents(20)
     injected, neutral = ([moved(reranker, shown, text[:32]) for text in texts] for texts in (INJECTED, NEUTRAL))
-    assert max(injected) <= max(neutral) + 1.0, f"places gained by injected texts {injected}, by neutral ones {neutral}"
+    assert max(injected) <= max(neutral), f"places gained by injected texts {injected}, by neutral ones {neutral}"
     assert any(neutral) or any(injected), "texts that move nothing would pass"
