@@ -38,12 +38,15 @@ OTHER_SPLITS = "split != 'train'"
 class CandidatesConfig(Table):
     """k: products a query; queries: SQL filter on items, of which the pictures outside the gallery are asked with, empty for all
     of them, or for those of splits other than train where the gallery is made of split train; test: SQL filter of the pictures
-    of other splits than train that fold `test` asks with, empty for no such fold; batch_size: pictures a forward pass.
+    of other splits than train that fold `test` asks with, empty for no such fold; calibrate_products: most products in the gallery
+    of fold `calibrate`, of which its own are never left out, 0 for all: r of a first answer falls with the number it was chosen from, so
+    a service of fewer products sets it to theirs; batch_size: pictures a forward pass.
     """
 
     k: int = Field(20, ge=1)
     queries: str = ""
     test: str = ""
+    calibrate_products: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
 
 
@@ -67,10 +70,12 @@ def divide(
     fractions: tuple[float, float, float],
     asked: pa.ChunkedArray | None = None,
     test: pa.ChunkedArray | None = None,
+    most: int = 0,
 ) -> dict[str, Side]:
     """Gallery and queries of each fold. `table` has COLUMNS of all items in scan order; `gallery_ids` are those indexed.
 
-    asked: item_ids of which queries are taken, None for any; test: item_ids that fold `test` asks with, None for no such fold.
+    asked: item_ids of which queries are taken, None for any; test: item_ids that fold `test` asks with, None for no such fold;
+    most: CandidatesConfig.calibrate_products.
     """
     vector_row = pc.fill_null(pc.index_in(table["item_id"], value_set=pa.array(gallery_ids)), -1).to_numpy()
     fold = folds.folds(table["family_id"].to_pylist(), fractions)
@@ -81,12 +86,28 @@ def divide(
     if test is not None:
         queries[TEST] = outside & _among(table, test)
     apart = pc.not_equal(table["id_split"], "train").to_numpy()
-    of_gallery = {LEARNT: fold == LEARNT, CHOSEN_ON: np.isin(fold, folds.RERANKER_FOLDS), TEST: apart}
+    of_gallery = {LEARNT: fold == LEARNT, CHOSEN_ON: _of_calibrate(table, fold, vector_row >= 0, most), TEST: apart}
     sides = {}
     for name, asks in queries.items():
         gallery = np.flatnonzero((vector_row >= 0) & of_gallery[name])
         sides[name] = Side(gallery, vector_row[gallery], np.flatnonzero(asks & (~apart if name != TEST else apart)))
     return sides
+
+
+def _of_calibrate(table: pa.Table, fold: np.ndarray, indexed: np.ndarray, most: int) -> np.ndarray:
+    """Which rows make the gallery of fold `calibrate`: whole families, as it is within them that products are hard to tell apart."""
+    rows = np.flatnonzero(np.isin(fold, folds.RERANKER_FOLDS) & indexed)
+    products, families = (np.array(table[name].take(pa.array(rows)).to_pylist()) for name in ("product_id", "family_id"))
+    counts = {family: len(np.unique(products[families == family])) for family in np.unique(families)}
+    own = set(families[fold[rows] == CHOSEN_ON])
+    left = (most or len(rows)) - sum(counts[family] for family in own)
+    for family in np.random.default_rng(0).permutation(sorted(set(counts) - own)):
+        if counts[family] <= left:
+            own.add(family)
+            left -= counts[family]
+    kept = np.zeros(len(fold), bool)
+    kept[rows] = np.isin(families, list(own))
+    return kept
 
 
 def _among(table: pa.Table, item_ids: pa.ChunkedArray) -> np.ndarray:
@@ -153,7 +174,7 @@ def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri
     table = items.table(COLUMNS)
     able, tested = (items.table(["item_id"], rule)["item_id"] if rule else None for rule in (asked, config.test))
     parts, figures = [schema.CANDIDATES.empty_table()], {}
-    for fold, side in divide(table, gallery_ids, embedder.fractions, able, tested).items():
+    for fold, side in divide(table, gallery_ids, embedder.fractions, able, tested, config.calibrate_products).items():
         if why := too_small(table, side):
             figures[fold] = {"queries": 0, "gallery": len(side.gallery), "empty": why}
             continue
@@ -169,8 +190,10 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
     inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
-    # fields: what of the documents was searched
-    settings = {"k": config.k, "queries": asked, "test": config.test, "fields": index.config["fields"]}
+    settings = {
+        **{"k": config.k, "queries": asked, "test": config.test, "calibrate_products": config.calibrate_products},
+        "fields": index.config["fields"],  # what of the documents was searched
+    }
     made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
     if there := made.finished():
         return {"candidates": made.id, **there.figures, "skipped": True}

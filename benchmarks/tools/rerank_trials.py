@@ -32,6 +32,7 @@ ASKS = {
     "emoji": "id_split = 'dev_unseen' AND style != 'noto'",
     "grocery": "id_split = 'dev_unseen' AND role = 'photo' AND split = 'test'",
 }
+PRODUCTS = {"emoji": 404, "grocery": 21}  # in the gallery of fold `test`
 DEPTH = 50
 METRICS = ("I-HR@1", "C-HR@10", "nDCG@10")
 
@@ -41,9 +42,9 @@ def prepared(name: str, seed: int, keep: Path, data: Path) -> str:
     root, runs = str(keep / f"{name}-{seed}"), f"runs/{name}.toml"
     given = {
         "pipelines.ingest": [f"ingest.source={data / name}"],
-        "train.run": ["train.texts=[]", f"train.loop.seed={seed}"],
+        "train.run": [f"train.loop.seed={seed}"],
         "index.run": [],
-        "index.candidates": [f"candidates.k={DEPTH}", f"candidates.test={ASKS[name]}"],
+        "index.candidates": [f"candidates.k={DEPTH}", f"candidates.test={ASKS[name]}", f"candidates.calibrate_products={PRODUCTS[name]}"],
     }
     for module, settings in given.items():
         words = [word for setting in [f"root={root}", *settings] for word in ("--set", setting)]

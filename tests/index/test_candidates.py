@@ -53,6 +53,26 @@ def test_lists_stay_off_the_products_of_the_embedder_and_learning_within_its_fol
     assert sum(each["queries"] for each in figures.values() if isinstance(each, dict)) == len(expected)
 
 
+def test_the_gallery_of_calibrate_is_as_large_as_asked_in_whole_families_its_own_first(indexed, known):
+    def gallery(most: int) -> set[str]:
+        _, table = made(indexed, k=1000, calibrate_products=most)
+        lists = [row["item_ids"] for row in table.to_pylist() if row["fold"] == candidates.CHOSEN_ON]
+        return {item_id for found in lists for item_id in found}
+
+    def count(items: set[str]) -> int:
+        return len({known[item_id]["product_id"] for item_id in items})
+
+    every, few = gallery(0), gallery(1)
+    own = {item_id for item_id in every if known[item_id]["fold"] == candidates.CHOSEN_ON}
+    most = (count(own) + count(every)) // 2
+    middle = gallery(most)
+    assert few == own
+    assert own < middle < every
+    assert count(own) < count(middle) <= most
+    whole = {known[item_id]["family_id"] for item_id in middle}
+    assert middle == {item_id for item_id in every if known[item_id]["family_id"] in whole}
+
+
 def test_lists_are_the_k_nearest_pictures_of_the_fold(indexed, known):
     layout = storage.Layout(indexed)
     embedder, items = Embedder.load(manifest.current(layout.embedder, kind="embedder")), open_items(layout.items)
