@@ -2,6 +2,7 @@
 
 quality  emoji and grocery, queries of products that neither the embedder nor a reranker has seen, their 50 nearest; three seeds, each an
          embedder and two rerankers trained on the same lists for the same time, which read with the embedder of the next seed
+ablation emoji, listwise: what each loss adds, trained as for quality on the losses up to it
 speed    requests of 8, 50 and 100 candidates, tokens of their pictures at hand; the query's part computed once, or with each chunk
 """
 
@@ -28,17 +29,23 @@ from train.backbones.compact import VOCABULARY, Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_blocks import Batch
 from train.rerank_loop import RerankConfig
+from train.rerank_losses import LOSSES, Loss
 from train.rerank_merge import MERGES, Choice
 from train.rerank_model import MODELS, Kind
 
 JOB = "benchmarks.rerank"
-PARTS = ("quality", "speed")
+PARTS = ("quality", "ablation", "speed")
 SETS = ("emoji", "grocery")
 RETRIEVAL = rerank_select.RETRIEVAL
 ORDERS = {f"{merge}{', last' * last}": Choice(merge=merge, last=last) for merge in MERGES for last in (False, True)}
 BY_R = Choice(merge="relevance", last=False)
 ECE_BAR, SKILL_BAR, PRECISION_BAR, FLIP_BAR, SPEED_BAR, GROWTH_BAR = 0.05, 0.3, 0.03, 0.08, 2.0, 1.1
 SURE = (0.3, 0.5, 0.7)  # settings of min_score
+ADDED: dict[str, tuple[Loss, ...]] = {
+    "chunk only": ("pairwise", "next_token"),
+    "+ NULL": ("pairwise", "next_token", "null"),
+    "+ absolute": LOSSES,
+}
 COUNTS, REPEATS = (8, 50, 100), 31
 TEXT = 24  # tokens of a document's text
 SLICES = (16, 32, 64, 128)  # documents at a time, of which the pointwise model gets its best
@@ -65,6 +72,24 @@ def _both(arguments: argparse.Namespace, path: str, reader: str, seed: int) -> d
         made[kind] = rerank_trials.train(root, config)
         say(f"{path} {kind}: {made[kind].figures}")
     return made
+
+
+def ablation(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """The mean over seeds of METRICS by losses and by order; nothing is held to a bar."""
+    seeds = range(arguments.seeds)
+    paths = [prepared("emoji", seed, Path(arguments.keep), Path(arguments.data)) for seed in seeds]
+    roots = [Root.open(path, embedder_of(paths[(seed + 1) % len(paths)])) for seed, path in zip(seeds, paths, strict=True)]
+    means: dict[str, dict[str, dict[str, float]]] = {}
+    for name, summed in ADDED.items():
+        judged: dict[str, list[dict[str, np.ndarray]]] = {order: [] for order in ORDERS}
+        for seed, path, root in zip(seeds, paths, roots, strict=True):
+            config = RerankConfig(root=path, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH, losses=summed)
+            answers = Answers.of(rerank_trials.train(root, config))
+            for order, choice in ORDERS.items():
+                judged[order].append(answers.judged(choice))
+        means[name] = {order: {m: float(np.mean([each[m].mean() for each in of])) for m in METRICS} for order, of in judged.items()}
+        say(aligned([(name, *METRICS), *((order, *(f"{100 * of[m]:.2f}" for m in METRICS)) for order, of in means[name].items())], left=1))
+    return [], means
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,7 +249,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     figures: list[Figure] = []
     told: dict[str, Any] = {}
     for part in arguments.parts:
-        made, told[part] = {"quality": quality, "speed": speed}[part](arguments)
+        made, told[part] = {"quality": quality, "ablation": ablation, "speed": speed}[part](arguments)
         figures += made
     say(table([], figures))
     result = {

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from idem.config import Table
 from train import rerank_losses, rerank_start
 from train.rerank_blocks import Batch, Shape
 from train.rerank_data import Lists, Pool, Reader, draw, places_shape
+from train.rerank_losses import LOSSES, Loss
 from train.rerank_model import MODELS, Kind, Model
 
 VALIDATION_SEED = 7_919
@@ -31,7 +32,8 @@ class RerankConfig(Table):
 
     Training ends at `minutes` of wall time or at `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold
     in a row found nothing better. `batch` is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by
-    text. absent: share of lists without a right document. dropout: share of places hidden.
+    text. absent: share of lists without a right document. dropout: share of places hidden. losses: those of the listwise model that are
+    summed.
     """
 
     model: Kind = "listwise"
@@ -53,6 +55,7 @@ class RerankConfig(Table):
     kinds: tuple[float, float, float] = (0.7, 0.15, 0.15)
     absent: Annotated[float, Field(ge=0, le=1)] = 0.2
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = LOSSES
     evaluations: Annotated[int, Field(ge=1)] = 12
     patience: Annotated[int, Field(ge=1)] = 4
     least_queries: Annotated[int, Field(ge=1)] = 20  # of each fold; with fewer, the order of retrieval stands
@@ -149,22 +152,22 @@ def held_batches(config: RerankConfig, pool: Pool, calibrate: Lists, *, count: i
     return [draw(pool, calibrate, slots=s, seed=VALIDATION_SEED, step=0, chunk=config.chunk, settings=settings) for s in slots]
 
 
-def losses(net: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """By name, their sum as "loss"; and the scores (B, M) that documents are ordered by."""
+def losses(net: nn.Module, batch: Batch, summed: Sequence[Loss] = LOSSES) -> tuple[dict[str, Tensor], Tensor]:
+    """By name, of those `summed` the sum as "loss"; and the scores (B, M) that documents are ordered by."""
     made = net(batch)
     if isinstance(made, Tensor):
         return rerank_losses.yes_no(made, batch.level), made
     s, null, levels = made
-    return rerank_losses.all_of(s, null, levels, batch.level), s
+    return rerank_losses.all_of(s, null, levels, batch.level, summed), s
 
 
 @torch.inference_mode()
-def validate(model: Model, batches: list[Batch]) -> dict[str, float]:
+def validate(model: Model, batches: list[Batch], summed: Sequence[Loss] = LOSSES) -> dict[str, float]:
     """Losses on fixed comparisons of the calibrate fold, and how often the first document of a comparison is the right one."""
     model.eval()
     results, right = [], []
     for batch in batches:
-        parts, s = losses(model, batch)
+        parts, s = losses(model, batch, summed)
         results.append({name: float(value) for name, value in parts.items()})
         with_one = (batch.level == 0).any(1)
         right += (batch.level.gather(1, s.argmax(1, keepdim=True))[with_one, 0] == 0).tolist()
@@ -182,8 +185,8 @@ def _schedule(state: State, progress: float) -> None:
 
 def _look(state: State, config: RerankConfig, batches: list[Batch]) -> dict[str, float]:
     """Judge the weights of this moment on the calibrate fold and keep them if none were better."""
-    found = validate(state.model, batches)
-    judged = found["calibrate_loss"] - found.get("calibrate_null", 0.0)  # NULL orders nothing
+    found = validate(state.model, batches, config.losses)
+    judged = found["calibrate_loss"] - (found.get("calibrate_null", 0.0) if "null" in config.losses else 0.0)  # NULL orders nothing
     state.looks += 1
     state.stale += 1
     if judged < state.best_loss:
@@ -215,7 +218,7 @@ def train(
     while True:
         slots = range(rank * config.batch, (rank + 1) * config.batch)
         batch = draw(pool, train, slots=slots, seed=config.seed, step=state.step, chunk=config.chunk, settings=config)
-        parts, _ = losses(net, batch)
+        parts, _ = losses(net, batch, config.losses)
         elapsed = before + time.perf_counter() - began
         spent = max(elapsed / (60 * config.minutes), state.step / config.steps)
         over = float(spent >= 1 or state.stale >= config.patience)

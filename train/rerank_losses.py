@@ -4,11 +4,16 @@ B queries, M documents of a chunk; s_BM local scores, null_B the score of [NULL]
 place without a document. Each is a mean over queries first, so that N workers on equal shares agree with one.
 """
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ABSENT = -1
+Loss = Literal["pairwise", "null", "next_token", "absolute"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -53,12 +58,12 @@ def yes_no(logit_BM: Tensor, level_BM: Tensor) -> dict[str, Tensor]:
     return {"loss": loss, "yes_no": loss}
 
 
-def all_of(s_BM: Tensor, null_B: Tensor, logits_BML: Tensor, level_BM: Tensor) -> dict[str, Tensor]:
-    """The four by name, and their sum as "loss"."""
+def all_of(s_BM: Tensor, null_B: Tensor, logits_BML: Tensor, level_BM: Tensor, summed: Sequence[Loss] = LOSSES) -> dict[str, Tensor]:
+    """The four by name, and as "loss" the sum of those `summed`; the others have gradients of zero, as workers wait for every weight's."""
     parts = {
         "pairwise": pairwise(s_BM, level_BM),
         "null": null(s_BM, null_B, level_BM),
         "next_token": next_token(s_BM, null_B, level_BM),
         "absolute": absolute(logits_BML, level_BM),
     }
-    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+    return {"loss": torch.stack([value * (name in summed) for name, value in parts.items()]).sum(), **parts}

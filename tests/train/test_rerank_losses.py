@@ -75,3 +75,12 @@ def test_lists_without_a_pair_or_without_a_document_are_finite() -> None:
         assert loss.isfinite()
         assert s.grad is not None
         assert s.grad.isfinite().all()
+
+
+def test_a_loss_that_is_not_summed_moves_nothing_yet_gives_every_weight_a_gradient():
+    s, null, logits = (torch.randn(shape, requires_grad=True) for shape in ((1, 4), (1,), (1, 4, 4)))
+    level = torch.tensor([[0, 1, 3, 2]])
+    parts = rerank_losses.all_of(s, null, logits, level, ("pairwise",))
+    assert parts["loss"] == parts["pairwise"]
+    parts["loss"].backward()
+    assert [bool(each.grad.any()) for each in (s, null, logits) if each.grad is not None] == [True, False, False]
