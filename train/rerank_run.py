@@ -18,18 +18,21 @@ import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from safetensors.torch import load_file, save_file
 
 from idem import cluster, folds, job, manifest, storage
 from pipelines.items import Items, open_items
-from train import ray_train, rerank_loop, rerank_select
+from train import ray_train, rerank_loop, rerank_qwen_reader, rerank_qwen_train, rerank_select
 from train import run as train_run
+from train.backbones.qwen3vl import Qwen3VL
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
 from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, places_shape, text_tokens, title_codes
 from train.rerank_label import agreed
 from train.rerank_loop import RerankConfig, State
 from train.rerank_model import MODELS
+from train.rerank_qwen_train import QwenPool
 
 FOLDS = folds.RERANKER_FOLDS
 READER = "reader"
@@ -62,7 +65,9 @@ def gather(
     if len(asked) != len(asked.unique()):
         raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
     ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
-    needed = len(ids) * int(np.prod(places_shape(reader, config.views))) * 2 >> 20
+    qwen = reader.model if isinstance(reader.model, Qwen3VL) else None
+    size = rerank_qwen_train.picture_bytes(qwen, config.views) if qwen else int(np.prod(places_shape(reader, config.views))) * 2
+    needed = len(ids) * size >> 20
     if needed > config.tokens_mb:
         raise ValueError(
             f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
@@ -78,13 +83,17 @@ def _read(ids: list[str], items: Items, embedder: Embedder, reader: Embedder, co
     assert fields in ("both", "image"), fields
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
     pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
-    places, pictured = picture_tokens(reader, pictures, views=config.views, progress="picture tokens")
-    texts = np.zeros((len(ids), config.text_length), np.int16)
-    tokens = text_tokens(reader, titles, config.text_length).numpy()
-    texts[:, : tokens.shape[1]] = tokens
-    seen = [data if there else None for data, there in zip(pictures, pictured, strict=True)]
+    if isinstance(reader.model, Qwen3VL):
+        pool: Pool = rerank_qwen_train.qwen_pool(reader.model, pictures, titles, views=config.views, progress="pictures")
+    else:
+        places, pictured = picture_tokens(reader, pictures, views=config.views, progress="picture tokens")
+        texts = np.zeros((len(ids), config.text_length), np.int16)
+        tokens = text_tokens(reader, titles, config.text_length).numpy()
+        texts[:, : tokens.shape[1]] = tokens
+        pool = Pool(places=places, pictured=pictured, texts=texts)
+    seen = [data if there else None for data, there in zip(pictures, pool.pictured, strict=True)]
     both = _vectors(embedder, seen, titles, "vectors")
-    kept = ["" if there else title for title, there in zip(titles, pictured, strict=True)]
+    kept = ["" if there else title for title, there in zip(titles, pool.pictured, strict=True)]
     known = Known(
         products=np.unique(told["product_id"].to_pylist(), return_inverse=True)[1],
         families=np.unique(told["family_id"].to_pylist(), return_inverse=True)[1],
@@ -93,7 +102,7 @@ def _read(ids: list[str], items: Items, embedder: Embedder, reader: Embedder, co
         text=_vectors(embedder, None, titles, ""),
         indexed=both if fields == "both" else _vectors(embedder, seen, kept, "indexed"),
     )
-    return Pool(places=places, pictured=pictured, texts=texts), known
+    return pool, known
 
 
 def _vectors(embedder: Embedder, pictures: list[bytes | None] | None, titles: list[str], progress: str) -> np.ndarray:
@@ -116,12 +125,15 @@ def own_reader(config: RerankConfig, embedder: str, folder: str) -> str:
 
 def _worker(told: dict[str, Any]) -> None:
     """One worker of Ray Train: restore, train, report."""
-    config, shape = RerankConfig(**told["config"]), Shape(**told["shape"])
+    config = RerankConfig(**told["config"])
     pool: Any = ray.get(told["pool"])
     train: Any = ray.get(told["rerank"])
     calibrate: Any = ray.get(told["calibrate"])
     context = ray.train.get_context()
-    state = rerank_loop.start(config, shape, pool, train, told["head"])
+    if isinstance(pool, QwenPool):
+        state: State = rerank_qwen_train.start(config, Path(told["reader"]), pool)
+    else:
+        state = rerank_loop.start(config, Shape(**told["shape"]), pool, train, told["head"])
     if last := ray.train.get_checkpoint():
         with last.as_directory() as folder:
             state.restore(Path(folder))
@@ -149,47 +161,63 @@ def _report(state: State, figures: dict[str, Any], rank: int) -> None:
         ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def fit(config: RerankConfig, reader: Embedder, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
-    """Run Ray Train; the folder of its last checkpoint (see State.save). A run of the same name goes on where it was cut off."""
+def fit(config: RerankConfig, reader: Embedder, path: str, pool: Pool, made: dict[str, Lists], *, name: str, storage_path: str) -> Path:
+    """Run Ray Train; the folder of its last checkpoint (see State.save). A run of the same name goes on where it was cut off.
+    path: the reader's artifact."""
     with ray_train.bar("reranker") as board:
-        shape, head = config.shape(reader).model_dump(), reader.image_head()
-        told = {"config": config.model_dump(), "shape": shape, "head": head, "board": board, "pool": ray.put(pool)}
+        qwen = isinstance(pool, QwenPool)
+        use_gpu = qwen and torch.cuda.is_available()
+        told = {"config": config.model_dump(), "board": board, "pool": ray.put(pool)}
+        if qwen:
+            told["reader"] = str(storage.local_path(path).absolute())
+        else:
+            told |= {"shape": config.shape(reader).model_dump(), "head": reader.image_head()}
         return ray_train.fit(
             _worker,
             {**told, **{fold: ray.put(made[fold]) for fold in FOLDS}},
             name=name,
             storage_path=storage_path,
-            workers=config.workers,
-            use_gpu=False,
+            workers=1 if use_gpu else config.workers,  # the loop's workers agree by tensors of the CPU, which NCCL does not carry
+            use_gpu=use_gpu,
             max_failures=config.max_failures,
         )
 
 
-def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any], curves: list[dict[str, Any]]) -> None:
+def publish(made: manifest.Plan, said: dict[str, Any], weights: dict[str, Any] | None, curves: list[dict[str, Any]]) -> None:
+    """weights: None where they are written already."""
     out = storage.local_path(made.folder)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(said, indent=1))
     (out / "curves.json").write_text(json.dumps(curves))
-    save_file(weights, out / "model.safetensors")
+    if weights is not None:
+        save_file(weights, out / "model.safetensors")
 
 
 def _train(
-    config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, place: str, fields: str
+    config: RerankConfig, made: manifest.Plan, table: pa.Table, items: Items, embedder: Embedder, path: str, place: str, fields: str
 ) -> dict[str, Any]:
-    """place: of the reranker's own reader below the artifact's folder, empty where it reads with the embedder."""
+    """path: of the embedder. place: of the reranker's own reader below the artifact's folder, empty where it reads with the embedder."""
     reader = Embedder.load(place) if place else embedder
     pool, fold_lists = gather(table, items, embedder, reader, config, fields=fields)
-    shape = config.shape(reader)
     checkpoints = storage.local_path(storage.join(made.parent, "checkpoints")).absolute()
     cluster.connect(num_cpus=config.workers)
-    folder = fit(config, reader, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
+    folder = fit(config, reader, place or path, pool, fold_lists, name=made.id, storage_path=str(checkpoints))
     state = json.loads((folder / "state.json").read_text())
     if state["failed"]:
         raise ValueError(f"reranker training failed: {state['failed']} in {folder / 'best.safetensors'}; a smaller rerank.lr may help")
     weights = load_file(folder / "best.safetensors")
-    model = MODELS[config.model](shape)
-    model.load_state_dict(weights)
-    settings = rerank_select.judge(model.eval(), config, pool, fold_lists["calibrate"])
+    if isinstance(pool, QwenPool):
+        out = storage.local_path(made.folder)
+        more = rerank_qwen_reader.save(rerank_qwen_train.trained(config, storage.local_path(place or path), pool, weights), out)
+        # As it will be served: adapters are merged, in the precision of the weights.
+        settings = rerank_qwen_train.judge(rerank_qwen_reader.load(out, config.model), config, pool, fold_lists["calibrate"])
+        backbone: dict[str, Any] = {"backbone": "qwen3-vl"}
+    else:
+        shape, more = config.shape(reader), []
+        model = MODELS[config.model](shape)
+        model.load_state_dict(weights)
+        settings = rerank_select.judge(model.eval(), config, pool, fold_lists["calibrate"])
+        backbone = {"backbone": "compact", "shape": shape.model_dump()}
     figures = {
         "identity": False,
         "queries": {fold: len(fold_lists[fold]) for fold in FOLDS},
@@ -203,9 +231,11 @@ def _train(
     read = storage.join(READER, reader.id) if place else ""
     said = {"identity": False, "model": config.model, "embedder": embedder.id, "reader": read, "chunk": config.chunk}
     chosen = {kind: served.model_dump() for kind, served in settings.items()}
-    publish(made, {**said, "shape": shape.model_dump(), "served": chosen}, weights, state["curves"])
+    publish(made, {**said, **backbone, "served": chosen}, None if more else weights, state["curves"])
     of_reader = [*manifest.read(place, kind="embedder").files, manifest.NAME] if place else []
-    made.write(figures=figures, files=[*FILES, *(storage.join(read, name) for name in of_reader)])
+    made.write(
+        figures=figures, files=[*FILES, *(name for name in more if name not in FILES), *(storage.join(read, name) for name in of_reader)]
+    )
     shutil.rmtree(checkpoints / made.id, ignore_errors=True)
     return figures
 
@@ -249,7 +279,7 @@ def run(config: RerankConfig) -> dict[str, Any]:
         made.write(figures=figures, files=FILES)
         return figures
     place = own_reader(config, embedder_path, storage.join(made.folder, READER)) if config.reader_minutes else ""
-    return _train(config, made, table, items, embedder, place, found.config["fields"])
+    return _train(config, made, table, items, embedder, embedder_path, place, found.config["fields"])
 
 
 if __name__ == "__main__":

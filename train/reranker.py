@@ -7,6 +7,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from idem import manifest, storage
 from idem.types import Document, Query, Ranking
 from train.embedder import Embedder
-from train.rerank_blocks import Batch, Shape
+from train.rerank_blocks import Shape
 from train.rerank_data import KINDS, Kind, Pool, Reader, assemble, kind_of, padded, picture_tokens, text_tokens
 from train.rerank_merge import Scored, arrange, probability
 from train.rerank_model import MODELS, Model
@@ -103,18 +104,21 @@ class Reranker:
         config = json.loads(storage.read_bytes(storage.join(path, "config.json")))
         if config["identity"]:
             return IdentityReranker()
+        if config["embedder"] != (found := manifest.read(embedder_path, kind="embedder").id):
+            raise ValueError(f"the reranker at {path} was trained with embedder {config['embedder']}, found {found} at {embedder_path}")
+        served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
+        if config.get("backbone") == "qwen3-vl":
+            from train import rerank_qwen_reader as qwen
+
+            model = qwen.load(storage.local_path(path), config["model"])
+            return qwen.QwenReranker(model, served=served, chunk=config["chunk"], id=made.id)
         embedder = Embedder.load(embedder_path)
-        if config["embedder"] != embedder.id:
-            raise ValueError(
-                f"the reranker at {path} was trained with embedder {config['embedder']}, found {embedder.id} at {embedder_path}"
-            )
         model = MODELS[config.get("model", "listwise")](Shape(**config["shape"]))
         try:
             model.load_state_dict(load_file(storage.local_path(storage.join(path, "model.safetensors"))))
         except RuntimeError as error:
             raise ValueError(f"the reranker at {path} is of another version of this program: train it again ({error})") from error
         reader = Embedder.load(storage.join(path, config["reader"])) if config.get("reader") else embedder
-        served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
         return cls(model, reader, served=served, chunk=config["chunk"], id=made.id)
 
     def rerank(self, query: Query, documents: Sequence[Document], *, mode: Mode = "listwise", max_ms: float | None = None) -> Ranking:
@@ -143,14 +147,18 @@ class Reranker:
             return rankings
         asked = [queries[i] for i in some]
         try:
-            batch, kinds = self._read(asked, [[documents[i][p] for p in positions[i]] for i in some], until)
-            scored = score(self.model, batch, chunk=self.chunk, until=until)
+            batch, kinds, readable = self._read(asked, [[documents[i][p] for p in positions[i]] for i in some], until)
+            scored = self._score(batch, until)
         except TimeoutError:
             return rankings
         for at, (i, kind) in enumerate(zip(some, kinds, strict=True)):
-            readable = bool(batch.q_mask[at].any() or batch.q_text[at].any())
-            rankings[i] = self._ranking(scored[at], positions[i], _first_alike(documents[i], positions[i]), kind, mode, readable=readable)
+            alike = _first_alike(documents[i], positions[i])
+            rankings[i] = self._ranking(scored[at], positions[i], alike, kind, mode, readable=readable[at])
         return rankings
+
+    def _score(self, batch: Any, until: float) -> list[Scored]:
+        """Of what `_read` gives."""
+        return score(self.model, batch, chunk=self.chunk, until=until)
 
     def _ranking(self, scored: Scored, positions: list[int], alike: list[int], kind: Kind, mode: Mode, *, readable: bool) -> Ranking:
         """alike: for each place in canonical order the first that holds the very same document, whose r it has, to the last bit."""
@@ -165,23 +173,27 @@ class Reranker:
         null[positions] = scored.local - scored.null
         return Ranking(order=tuple(positions[i] for i in order), relevance=tuple(relevance.tolist()), null=tuple(null.tolist()))
 
-    def _read(self, queries: Sequence[Query], documents: Sequence[Sequence[Document]], until: float) -> tuple[Batch, list[Kind]]:
-        """Tensors of B queries and their documents, and the kind of query that is left of each when its picture does not decode.
-        TimeoutError where `until` (time.perf_counter) passes."""
+    def _read(self, queries: Sequence[Query], documents: Sequence[Sequence[Document]], until: float) -> tuple[Any, list[Kind], list[bool]]:
+        """Tensors of B queries and their documents, and of each query the kind that is left when its picture does not decode, and whether
+        anything is. TimeoutError where `until` (time.perf_counter) passes."""
         places, pictured = picture_tokens(self.reader, [query.image for query in queries], views=self.model.shape.views, until=until)
         self.faults += sum(bool(query.image) and not there for query, there in zip(queries, pictured, strict=True))
         kinds: list[Kind] = [kind_of(query) if there else "text" for query, there in zip(queries, pictured, strict=True)]
         every = [document for each in documents for document in each]
         d_places, d_pictured = self._pictures(every, until)
-        finite = np.array([math.isfinite(d.score) for d in every])
-        self.faults += int((~finite).sum())
-        cosine = np.array([d.score if ok else -1.0 for d, ok in zip(every, finite, strict=True)], np.float32).clip(-1, 1)
         tokens = text_tokens(self.reader, [*(query.text for query in queries), *(d.text for d in every)], self.model.shape.text_length)
         pool = Pool(places=np.concatenate([places, d_places]), pictured=np.concatenate([pictured, d_pictured]), texts=tokens.numpy())
         ends = np.cumsum([len(each) for each in documents])[:-1]
         rows = padded(np.split(np.arange(len(queries), len(queries) + len(every)), ends))
-        cosines = padded(np.split(cosine, ends), 0)
-        return assemble(pool, np.arange(len(queries)), kinds, rows, cosines, np.where(rows >= 0, 3, -1)), kinds
+        cosines = padded(np.split(self._cosines(every), ends), 0)
+        batch = assemble(pool, np.arange(len(queries)), kinds, rows, cosines, np.where(rows >= 0, 3, -1))
+        return batch, kinds, (batch.q_mask.any(1) | batch.q_text.any(1)).tolist()
+
+    def _cosines(self, documents: Sequence[Document]) -> np.ndarray:
+        """(N,) float32, the worst for a score that is not a number."""
+        finite = np.array([math.isfinite(d.score) for d in documents])
+        self.faults += int((~finite).sum())
+        return np.array([d.score if ok else -1.0 for d, ok in zip(documents, finite, strict=True)], np.float32).clip(-1, 1)
 
     def _pictures(self, documents: Sequence[Document], until: float) -> tuple[np.ndarray, np.ndarray]:
         """(N, T, C) tokens and (N,) whether there is a picture, from the cache where they are known."""
