@@ -19,12 +19,11 @@ from idem import images
 from train.backbones.base import computes_bf16
 from train.backbones.qwen3vl import OURS, Qwen3VL, Qwen3VLConfig
 from train.rerank_blocks import Batch
-from train.rerank_data import KINDS, Kind, Lists, Pool, askable, assemble, padded, seen, served
+from train.rerank_data import Pool, seen
 from train.rerank_loop import RerankConfig, State
 from train.rerank_merge import Scored
 from train.rerank_qwen import QwenListwise, QwenPointwise, score
 from train.rerank_qwen_inputs import Item, QwenBatch, moved, picture_features
-from train.rerank_select import GROUP, Measured, Served, calibration, select, temperature, tops
 
 QwenModel = QwenListwise | QwenPointwise
 QWEN_MODELS: dict[str, type[QwenListwise] | type[QwenPointwise]] = {"listwise": QwenListwise, "pointwise": QwenPointwise}
@@ -170,42 +169,6 @@ def trained(config: RerankConfig, folder: Path, pool: QwenPool, weights: Mapping
     return model.model.eval()
 
 
-def measure(rows: RowReranker, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
-    """As train.rerank_select.measure."""
-    chosen = np.random.default_rng(0).permutation(askable(rows.pool, source, kind))[:queries]
-    scored: list[Scored] = []
-    levels: list[np.ndarray] = []
-    for group in np.split(chosen, range(GROUP, len(chosen), GROUP)) if len(chosen) else []:
-        numbers = [served(source, int(query), kind, depth) for query in group]
-        documents, cosines, found = (
-            [table[query][row] for query, row in zip(group, numbers, strict=True)]
-            for table in (source.documents, source.cosines[KINDS.index(kind)], source.levels)
-        )
-        kinds: list[Kind] = [kind] * len(group)
-        batch = assemble(rows.pool, source.queries[group], kinds, padded(documents), padded(cosines, 0), padded(found))
-        scored += score(rows.model, rows.request(batch), chunk=chunk)
-        levels += found
-    return Measured(scored=scored, levels=levels, families=source.families[chosen])
-
-
-def judge(model: QwenModel, config: RerankConfig, pool: QwenPool, calibrate: Lists) -> dict[Kind, Served]:
-    """As train.rerank_select.judge."""
-    rows, settings = RowReranker(model.eval(), pool), dict[Kind, Served]()
-    for kind in KINDS:
-        most = config.select_queries if kind == KINDS[0] else -(-config.select_queries // 3)
-        measured = measure(rows, calibrate, kind=kind, depth=config.depth, chunk=config.chunk, queries=most)
-        if not measured.scored:
-            first = settings.get(KINDS[0], Served())
-            settings[kind] = Served(slope=first.slope, bias=first.bias)
-            continue
-        choice, table = select(measured, errors=config.errors)
-        slope, bias = temperature(*tops(measured, choice))
-        settings[kind] = Served(
-            choice=choice,
-            slope=slope,
-            bias=bias,
-            queries=len(measured.scored),
-            table=table,
-            calibration=calibration(measured, choice, slope, bias),
-        )
-    return settings
+def scored(rows: RowReranker, batch: Batch, *, chunk: int) -> list[Scored]:
+    """As train.rerank_score.score; what train.rerank_select measures and judges with."""
+    return score(rows.model, rows.request(batch), chunk=chunk)

@@ -210,7 +210,8 @@ def _train(
         out = storage.local_path(made.folder)
         more = rerank_qwen_reader.save(rerank_qwen_train.trained(config, storage.local_path(place or path), pool, weights), out)
         # As it will be served: adapters are merged, in the precision of the weights.
-        settings = rerank_qwen_train.judge(rerank_qwen_reader.load(out, config.model), config, pool, fold_lists["calibrate"])
+        rows = rerank_qwen_train.RowReranker(rerank_qwen_reader.load(out, config.model), pool)
+        settings = rerank_select.judge(rows, config, pool, fold_lists["calibrate"], rerank_qwen_train.scored)
         backbone: dict[str, Any] = {"backbone": "qwen3-vl"}
     else:
         shape, more = config.shape(reader), []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from idem import metrics
 from train.rerank_data import KINDS, Kind, Lists, Pool, askable, assemble, padded, served
 from train.rerank_loop import RerankConfig
 from train.rerank_merge import MERGES, Choice, Scored, arrange, probability
-from train.rerank_model import Model
 from train.rerank_score import score
 
 RETRIEVAL = Choice(blend=0.0, last=False)
@@ -49,8 +49,10 @@ class Measured:
     families: np.ndarray
 
 
-def measure(model: Model, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int) -> Measured:
-    """Score at most `queries` lists, spread over the families, as the service would."""
+def measure(
+    model: Any, pool: Pool, source: Lists, *, kind: Kind, depth: int, chunk: int, queries: int, scoring: Callable[..., list[Scored]] = score
+) -> Measured:
+    """Score at most `queries` lists, spread over the families, as the service would. scoring: that of the model's backbone."""
     chosen = np.random.default_rng(0).permutation(askable(pool, source, kind))[:queries]
     scored, levels = [], []
     with tqdm(total=len(chosen), desc=f"judge {kind} queries", unit="query", disable=len(chosen) < 20, mininterval=0.5) as bar:
@@ -62,7 +64,7 @@ def measure(model: Model, pool: Pool, source: Lists, *, kind: Kind, depth: int, 
             )
             kinds: list[Kind] = [kind] * len(group)
             batch = assemble(pool, source.queries[group], kinds, padded(documents), padded(cosines, 0), padded(found))
-            scored += score(model, batch, chunk=chunk)
+            scored += scoring(model, batch, chunk=chunk)
             levels += found
             bar.update(len(group))
     return Measured(scored=scored, levels=levels, families=source.families[chosen])
@@ -156,12 +158,15 @@ def calibration(measured: Measured, choice: Choice, slope: float, bias: float) -
     }
 
 
-def judge(model: Model, config: RerankConfig, pool: Pool, calibrate: Lists) -> dict[Kind, Served]:
-    """What to serve for each kind of query. A kind that the fold has no query of keeps retrieval's order, and r as for pictures."""
+def judge(
+    model: Any, config: RerankConfig, pool: Pool, calibrate: Lists, scoring: Callable[..., list[Scored]] = score
+) -> dict[Kind, Served]:
+    """What to serve for each kind of query. A kind that the fold has no query of keeps retrieval's order, and r as for pictures.
+    scoring: as for `measure`."""
     settings: dict[Kind, Served] = {}
     for kind in KINDS:
         most = config.select_queries if kind == KINDS[0] else -(-config.select_queries // 3)
-        measured = measure(model, pool, calibrate, kind=kind, depth=config.depth, chunk=config.chunk, queries=most)
+        measured = measure(model, pool, calibrate, kind=kind, depth=config.depth, chunk=config.chunk, queries=most, scoring=scoring)
         if not measured.scored:
             first = settings.get(KINDS[0], Served())
             settings[kind] = Served(slope=first.slope, bias=first.bias)

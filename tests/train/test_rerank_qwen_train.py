@@ -17,7 +17,7 @@ from idem.storage import Layout
 from idem.types import Document, Query
 from tests.train.test_rerank_qwen import opened, shaken
 from tests.train.test_rerank_run import FakeItems, candidates, offer
-from train import rerank_label, rerank_loop, rerank_qwen_reader, rerank_qwen_train, rerank_run
+from train import rerank_label, rerank_loop, rerank_qwen_reader, rerank_qwen_train, rerank_run, rerank_select
 from train.backbones import lora
 from train.rerank_data import KINDS, Kind, Lists, draw
 from train.rerank_loop import RerankConfig
@@ -164,10 +164,15 @@ def test_a_catalogue_without_pictures_is_trained_on_its_titles(embedder: Path) -
     assert (state.step, state.failed) == (2, "")
 
 
+def measured_of(made: Made, source: Lists, queries: int) -> rerank_select.Measured:
+    rows, how = RowReranker(made.model, made.pool), rerank_qwen_train.scored
+    return rerank_select.measure(rows, made.pool, source, kind="image", depth=4, chunk=4, queries=queries, scoring=how)
+
+
 def test_it_learns_its_own_lists(made: Made) -> None:
     looks = [c for c in made.state.curves if "calibrate_loss" in c]
     assert min(c["calibrate_loss"] for c in looks) < 0.75 * looks[0]["calibrate_loss"]
-    measured = rerank_qwen_train.measure(RowReranker(made.model, made.pool), made.lists, kind="image", depth=4, chunk=4, queries=99)
+    measured = measured_of(made, made.lists, queries=99)
     assert len(measured.scored) == len(made.lists)
     orders = [np.argsort(-s.logit) for s in measured.scored]
     recall = np.mean([quality(levels[order])[0] for order, levels in zip(orders, measured.levels, strict=True)])
@@ -175,7 +180,7 @@ def test_it_learns_its_own_lists(made: Made) -> None:
 
 
 def test_what_is_served_is_chosen_for_every_kind(made: Made) -> None:
-    settings = rerank_qwen_train.judge(made.model, made.config, made.pool, LISTS)
+    settings = rerank_select.judge(RowReranker(made.model, made.pool), made.config, made.pool, LISTS, rerank_qwen_train.scored)
     assert set(settings) == set(KINDS)
     assert settings["image"].queries == PRODUCTS * PHOTOS
     assert settings["both"].queries == PRODUCTS * PHOTOS // 4
@@ -256,7 +261,7 @@ def test_saved_and_loaded_it_scores_the_same(made: Made, tmp_path: Path) -> None
 
 
 def test_the_reader_says_what_was_measured(made: Made) -> None:
-    measured = rerank_qwen_train.measure(RowReranker(made.model, made.pool), LISTS, kind="image", depth=4, chunk=4, queries=1)
+    measured = measured_of(made, LISTS, queries=1)
     (query,) = np.random.default_rng(0).permutation(len(LISTS))[:1]
     row, numbers, cosines = LISTS.queries[query], LISTS.documents[query], LISTS.cosines[0, query]
     shown = [Document(item_id=f"i{n}", text=TITLES[n], image=PICTURES[n], score=float(c)) for n, c in zip(numbers, cosines, strict=True)]
