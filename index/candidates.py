@@ -96,17 +96,21 @@ def divide(
 
 def _of_calibrate(table: pa.Table, fold: np.ndarray, indexed: np.ndarray, most: int) -> np.ndarray:
     """Which rows make the gallery of fold `calibrate`: whole families, as it is within them that products are hard to tell apart."""
-    rows = np.flatnonzero(np.isin(fold, folds.RERANKER_FOLDS) & indexed)
-    products, families = (np.array(table[name].take(pa.array(rows)).to_pylist()) for name in ("product_id", "family_id"))
-    counts = {family: len(np.unique(products[families == family])) for family in np.unique(families)}
-    own = set(families[fold[rows] == CHOSEN_ON])
-    left = (most or len(rows)) - sum(counts[family] for family in own)
-    for family in np.random.default_rng(0).permutation(sorted(set(counts) - own)):
-        if counts[family] <= left:
-            own.add(family)
-            left -= counts[family]
-    kept = np.zeros(len(fold), bool)
-    kept[rows] = np.isin(families, list(own))
+    kept = np.isin(fold, folds.RERANKER_FOLDS) & indexed
+    if not most:
+        return kept
+    rows = np.flatnonzero(kept)
+    names, family = np.unique(table["family_id"].take(pa.array(rows)).to_pylist(), return_inverse=True)
+    _, firsts = np.unique(table["product_id"].take(pa.array(rows)).to_pylist(), return_index=True)
+    products = np.bincount(family[firsts], minlength=len(names))
+    taken = np.zeros(len(names), bool)
+    taken[family[fold[rows] == CHOSEN_ON]] = True
+    left = most - products[taken].sum()
+    for other in np.random.default_rng(0).permutation(np.flatnonzero(~taken)):
+        if products[other] <= left:
+            taken[other] = True
+            left -= products[other]
+    kept[rows] = taken[family]
     return kept
 
 
@@ -190,10 +194,8 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
     inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
-    settings = {
-        **{"k": config.k, "queries": asked, "test": config.test, "calibrate_products": config.calibrate_products},
-        "fields": index.config["fields"],  # what of the documents was searched
-    }
+    settings = {"k": config.k, "queries": asked, "test": config.test, "calibrate_products": config.calibrate_products}
+    settings["fields"] = index.config["fields"]  # what of the documents was searched
     made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
     if there := made.finished():
         return {"candidates": made.id, **there.figures, "skipped": True}
