@@ -24,10 +24,11 @@ from benchmarks.tools.measuring import Figure, aligned, at_least, at_most, round
 from benchmarks.tools.rerank_trials import METRICS, Answers, Root, Trained, embedder_of, prepared
 from idem import job, metrics
 from index.candidates import CHOSEN_ON
-from train import rerank_score, rerank_select
+from train import rerank_calibrate, rerank_score, rerank_select
 from train.backbones.compact import VOCABULARY, Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_blocks import Batch
+from train.rerank_calibrate import Calibration
 from train.rerank_loop import RerankConfig
 from train.rerank_losses import LOSSES, Loss
 from train.rerank_merge import MERGES, Choice
@@ -117,9 +118,18 @@ class Seed:
 
     def firsts(self, kind: Kind, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """r and right (Q,) of the first answers of the test fold; r as fitted on the calibrate fold."""
-        choice = self.chosen(kind)
-        slope, bias = rerank_select.temperature(*rerank_select.tops(self.calibrate[kind].measured(), choice))
-        return self.test[kind].firsts(choice, slope, bias, seed)
+        return self.test[kind].firsts(self.chosen(kind), self.calibration(kind), seed)
+
+    def calibration(self, kind: Kind) -> Calibration:
+        """Fitted on the calibrate fold alone."""
+        answers = self.calibrate[kind]
+        return rerank_calibrate.fit(rerank_calibrate.firsts(answers.scored, answers.levels, self.chosen(kind)))
+
+    def instances(self, kind: Kind) -> tuple[float, float, float]:
+        """Of r as it is served, at the threshold that is best on the calibrate fold."""
+        calibration = self.calibration(kind)
+        at = self.calibrate[kind].calibrated(calibration).threshold()
+        return self.test[kind].calibrated(calibration).instances(at)
 
 
 def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Figure], dict[str, Any]]:
@@ -141,7 +151,7 @@ def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Fi
             intervals[f"{metric} above {peer}"] = paired.interval({"": gained}, families)
             pair = Figure(name=f"{name}, {metric}", value=means["listwise"][metric], peer=peer, peer_value=means[peer][metric])
             figures.append(at_least(pair, 1.0))
-    of_pairs = {kind: np.mean([s.test[kind].instances(s.calibrate[kind].threshold()) for s in seeds], axis=0).tolist() for kind in MODELS}
+    of_pairs = {kind: np.mean([s.instances(kind) for s in seeds], axis=0).tolist() for kind in MODELS}
     for at, what in ((2, "instance F1"), (1, "instance recall")):
         mine, theirs = of_pairs["listwise"][at], of_pairs["pointwise"][at]
         figures.append(at_least(Figure(name=f"{name}, {what}", value=mine, peer="pointwise", peer_value=theirs), 1.0))

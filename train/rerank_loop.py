@@ -26,9 +26,10 @@ VALIDATION_SEED = 7_919
 
 
 class RerankConfig(Table):
-    """model: listwise, or the pointwise baseline, which sees pictures in two views. reader_minutes: given to a tower of its own, trained
-    on the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's. judgements: a
-    parquet file of JUDGEMENTS, of people or of train.rerank_label: levels that all its judges agree on replace those of the candidates.
+    """model: listwise, or the pointwise baseline. crop: the listwise model of the compact backbone sees pictures in two views, as a whole
+    and their middle, as the pointwise ones always do; it costs time for quality. reader_minutes: given to a tower of its own, trained on
+    the embedder's products as that was, with the next seed: two towers err apart. 0 reads with the embedder's. judgements: a parquet
+    file of JUDGEMENTS, of people or of train.rerank_label: levels that all its judges agree on replace those of the candidates.
 
     Training ends at `minutes` of wall time or at `steps`, whichever is first, and earlier where `patience` looks at the calibrate fold
     in a row found nothing better. `batch` is comparisons a step of each worker. kinds: shares of queries asked by picture, by both, by
@@ -37,6 +38,7 @@ class RerankConfig(Table):
     """
 
     model: Kind = "listwise"
+    crop: bool = True
     judgements: str = ""
     reader_minutes: Annotated[float, Field(ge=0)] = 0.0
     minutes: Annotated[float, Field(gt=0)] = 1.0
@@ -67,7 +69,8 @@ class RerankConfig(Table):
 
     @property
     def views(self) -> int:
-        return 2 if self.model == "pointwise" else 1
+        """Of the compact backbone."""
+        return 2 if self.crop or self.model == "pointwise" else 1
 
     def shape(self, reader: Reader) -> Shape:
         (tokens, channels), (own, pooled) = places_shape(reader, self.views), reader.image_head()[0].shape

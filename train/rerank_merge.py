@@ -19,7 +19,8 @@ RRF = 60  # of reciprocal-rank fusion (Cormack, Clarke and Buettcher 2009)
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What the model says of N documents: local (N,) scores s of their chunk, null (N,) the score of NULL in that chunk,
-    logit (N,) of level 0, finalists the numbers of the documents best by r, final their scores in one last comparison."""
+    logit (N,) of level 0, finalists the numbers of the documents best by r, final their scores in one last comparison.
+    prior (N,): the part of s that needs no comparison, where the model has one; r weighs it beside the logit (train.rerank_calibrate)."""
 
     chunk: int
     local: np.ndarray
@@ -27,6 +28,7 @@ class Scored:
     logit: np.ndarray
     finalists: np.ndarray
     final: np.ndarray
+    prior: np.ndarray | None = None
 
 
 def apart(logit: np.ndarray, chunk: int) -> Scored:
@@ -44,8 +46,8 @@ class Choice(BaseModel):
     blend: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
-def probability(logit: np.ndarray, slope: float = 1.0, bias: float = 0.0) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(slope * np.asarray(logit, np.float64) + bias, -60, 60)))
+def probability(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(np.asarray(logit, np.float64), -60, 60)))
 
 
 def local_orders(local: np.ndarray, chunk: int) -> list[list[int]]:

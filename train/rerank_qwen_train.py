@@ -26,6 +26,7 @@ from train.rerank_qwen import QwenListwise, QwenPointwise, score
 from train.rerank_qwen_inputs import Item, QwenBatch, moved, picture_features
 
 QwenModel = QwenListwise | QwenPointwise
+VIEWS = {"listwise": 1, "pointwise": 2}  # of a picture; METHOD.md section 3
 QWEN_MODELS: dict[str, type[QwenListwise] | type[QwenPointwise]] = {"listwise": QwenListwise, "pointwise": QwenPointwise}
 
 

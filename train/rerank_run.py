@@ -32,7 +32,7 @@ from train.rerank_data import Known, Lists, Pool, lists, picture_tokens, places_
 from train.rerank_label import agreed
 from train.rerank_loop import RerankConfig, State
 from train.rerank_model import MODELS
-from train.rerank_qwen_train import QwenPool
+from train.rerank_qwen_train import VIEWS, QwenPool
 
 FOLDS = folds.RERANKER_FOLDS
 READER = "reader"
@@ -66,7 +66,7 @@ def gather(
         raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
     ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
     qwen = reader.model if isinstance(reader.model, Qwen3VL) else None
-    size = rerank_qwen_train.picture_bytes(qwen, config.views) if qwen else int(np.prod(places_shape(reader, config.views))) * 2
+    size = rerank_qwen_train.picture_bytes(qwen, VIEWS[config.model]) if qwen else int(np.prod(places_shape(reader, config.views))) * 2
     needed = len(ids) * size >> 20
     if needed > config.tokens_mb:
         raise ValueError(
@@ -84,7 +84,7 @@ def _read(ids: list[str], items: Items, embedder: Embedder, reader: Embedder, co
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
     pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
     if isinstance(reader.model, Qwen3VL):
-        pool: Pool = rerank_qwen_train.qwen_pool(reader.model, pictures, titles, views=config.views, progress="pictures")
+        pool: Pool = rerank_qwen_train.qwen_pool(reader.model, pictures, titles, views=VIEWS[config.model], progress="pictures")
     else:
         places, pictured = picture_tokens(reader, pictures, views=config.views, progress="picture tokens")
         texts = np.zeros((len(ids), config.text_length), np.int16)

@@ -45,7 +45,7 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
         logits = model.answers(encoded).double().numpy()
         return [apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
     queries, width = batch.level.shape
-    levels = encoded.levels.double()
+    levels, prior = encoded.levels.double(), encoded.prior.double().numpy()
     logits = (levels[..., 0] - levels[..., 1:].logsumexp(-1)).numpy()
     best = [np.sort(np.argsort(-logit[:n], kind="stable")[:chunk]) for logit, n in zip(logits, counts.tolist(), strict=True)]
     last = torch.from_numpy(np.stack([np.pad(row, (0, chunk - len(row)), constant_values=width) for row in best]))[:, None]
@@ -60,6 +60,7 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
             local=local[b, :n],
             null=nulls[b, :n],
             logit=logits[b, :n],
+            prior=prior[b, :n],
             finalists=best[b],
             final=final[b, 0, : len(best[b])].double().numpy(),
         )

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from idem import metrics
+from train import rerank_calibrate
+from train.rerank_calibrate import Calibration
 from train.rerank_data import KINDS, Kind, Lists, Pool, askable, assemble, padded, served
 from train.rerank_loop import RerankConfig
-from train.rerank_merge import MERGES, Choice, Scored, arrange, probability
+from train.rerank_merge import MERGES, Choice, Scored, arrange
 from train.rerank_score import score
 
 RETRIEVAL = Choice(blend=0.0, last=False)
@@ -20,24 +22,22 @@ CHOICES = (RETRIEVAL, *(Choice(merge=m, last=last, blend=b) for m in MERGES for 
 COST = 0.01  # of R@1: reranking never costs more than one point
 FEWEST_FAMILIES = 8  # the standard error from 8 is itself known to a quarter (1 / sqrt(2 * 7)); from fewer it decides nothing
 GROUP = 8  # queries scored at a time
-ABSENT = 0.3  # weight of the case that a query's product is not in the gallery, as in METHOD.md section 4
 
 
 class Served(BaseModel):
     """What is served for one kind of query, and why.
 
-    r = sigmoid(slope * logit + bias). table: every choice that was tried; gain is over retrieval in the mean of R@1 and
-    nDCG@10, error its standard error with families as the unit (None for too few of them), clear whether it was gain enough
-    at no cost (see `select`). calibration: of r on the first answers of the very fold that it was fitted on.
+    calibration gives r. table: every choice that was tried; gain is over retrieval in the mean of R@1 and nDCG@10, error its standard
+    error with families as the unit (None for too few of them), clear whether it was gain enough at no cost (see `select`). worth: of r
+    on the first answers of the very fold that it was fitted on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     choice: Choice = RETRIEVAL
-    slope: float = 1.0
-    bias: float = 0.0
+    calibration: Calibration = Calibration()
     queries: int = 0
     table: list[dict[str, Any]] = []
-    calibration: dict[str, float] = {}
+    worth: dict[str, float] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,45 +119,6 @@ def select(measured: Measured, *, errors: float = 1.0) -> tuple[Choice, list[dic
     return CHOICES[min(as_good, key=lambda i: (CHOICES[i].blend, behind[i].mean()))], table
 
 
-def tops(measured: Measured, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logit of the first answer, whether it is right, and its weight: each query with its product there and taken away."""
-    rows = []
-    for scored, levels in zip(measured.scored, measured.levels, strict=True):
-        order = arrange(scored, choice)
-        rows.append((scored.logit[order[0]], levels[order[0]] == 0, 1 - ABSENT))
-        without = [i for i in order if levels[i] > 0]
-        if without:
-            rows.append((scored.logit[without[0]], False, ABSENT))
-    logit, right, weight = (np.array(column, np.float64) for column in zip(*rows, strict=True))
-    return logit, right, weight
-
-
-def temperature(logit: np.ndarray, right: np.ndarray, weight: np.ndarray, *, steps: int = 50) -> tuple[float, float]:
-    """Slope > 0 and bias of r = sigmoid(slope * logit + bias) by Newton's method on the log likelihood (Platt 1999), with
-    weak priors that keep both finite where the answers are all right or all wrong."""
-    theta, prior, strength = np.array([1.0, 0.0]), np.array([1.0, 0.0]), 1.0
-    x = np.stack([logit, np.ones_like(logit)], 1)
-    for _ in range(steps):
-        p = probability(x @ theta)
-        gradient = x.T @ (weight * (p - right)) + strength * (theta - prior)
-        curvature = (x * (weight * p * (1 - p))[:, None]).T @ x + strength * np.eye(2)
-        theta = theta - np.clip(np.linalg.solve(curvature, gradient), -1, 1)
-        theta[0] = max(theta[0], 1e-2)
-    return float(theta[0]), float(theta[1])
-
-
-def calibration(measured: Measured, choice: Choice, slope: float, bias: float) -> dict[str, float]:
-    """ECE and Brier skill of r on the first answers, on the very fold it was fitted on."""
-    logit, right, weight = tops(measured, choice)
-    pick = np.random.default_rng(0).random(len(logit)) < weight / weight.max()
-    r, happened = probability(logit, slope, bias)[pick], right[pick]
-    return {
-        "ECE": round(metrics.expected_calibration_error(r, happened), 4),
-        "brier_skill": round(metrics.brier_skill(r, happened), 4),
-        "base_rate": round(float(happened.mean()), 4),
-    }
-
-
 def judge(
     model: Any, config: RerankConfig, pool: Pool, calibrate: Lists, scoring: Callable[..., list[Scored]] = score
 ) -> dict[Kind, Served]:
@@ -169,18 +130,13 @@ def judge(
         measured = measure(model, pool, calibrate, kind=kind, depth=config.depth, chunk=config.chunk, queries=most, scoring=scoring)
         if not measured.scored:
             first = settings.get(KINDS[0], Served())
-            settings[kind] = Served(slope=first.slope, bias=first.bias)
+            settings[kind] = Served(calibration=first.calibration)
             continue
         choice, table = select(measured, errors=config.errors)
-        slope, bias = temperature(*tops(measured, choice))
-        settings[kind] = Served(
-            choice=choice,
-            slope=slope,
-            bias=bias,
-            queries=len(measured.scored),
-            table=table,
-            calibration=calibration(measured, choice, slope, bias),
-        )
+        answers = rerank_calibrate.firsts(measured.scored, measured.levels, choice)
+        calibration = rerank_calibrate.fit(answers)
+        worth = rerank_calibrate.figures(calibration, answers)
+        settings[kind] = Served(choice=choice, calibration=calibration, queries=len(measured.scored), table=table, worth=worth)
     return settings
 
 
@@ -193,5 +149,5 @@ def summary(served: Served) -> dict[str, Any]:
         "queries": served.queries,
         "retrieval": {name: served.table[0][name] for name in names} if served.table else None,
         "chosen": {name: chosen[0][name] for name in names} if chosen else None,
-        **served.calibration,
+        **served.worth,
     }

@@ -17,7 +17,7 @@ from idem.types import Document, Query, Ranking
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
 from train.rerank_data import KINDS, Kind, Pool, Reader, assemble, kind_of, padded, picture_tokens, text_tokens
-from train.rerank_merge import Scored, arrange, probability
+from train.rerank_merge import Scored, arrange
 from train.rerank_model import MODELS, Model
 from train.rerank_score import score
 from train.rerank_select import RETRIEVAL, Served
@@ -162,14 +162,17 @@ class Reranker:
 
     def _ranking(self, scored: Scored, positions: list[int], alike: list[int], kind: Kind, mode: Mode, *, readable: bool) -> Ranking:
         """alike: for each place in canonical order the first that holds the very same document, whose r it has, to the last bit."""
-        if not all(np.isfinite(each).all() for each in (scored.local, scored.null, scored.logit, scored.final)):
+        if not all(
+            np.isfinite(each).all() for each in (scored.local, scored.null, scored.logit, scored.final, scored.prior) if each is not None
+        ):
             self.faults += 1
             return retrieved(positions)
         served = self.served[kind]
         choice = served.choice if readable else RETRIEVAL
-        order = arrange(scored, choice) if mode == "listwise" else np.argsort(-scored.logit, kind="stable").tolist()
+        r = served.calibration.r(scored)
+        order = arrange(scored, choice) if mode == "listwise" else np.argsort(-r, kind="stable").tolist()
         relevance, null = np.zeros(len(positions)), np.zeros(len(positions))
-        relevance[positions] = probability(scored.logit[alike], served.slope, served.bias)
+        relevance[positions] = r[alike]
         null[positions] = scored.local - scored.null
         return Ranking(order=tuple(positions[i] for i in order), relevance=tuple(relevance.tolist()), null=tuple(null.tolist()))
 

@@ -4,6 +4,7 @@ A root has its items, embedder, index and candidates, as their jobs leave them. 
 Q queries, N documents of each, in canonical order.
 """
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -14,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from idem import manifest, metrics, storage
 from index.candidates import CHOSEN_ON, LEARNT, NAME, TEST
 from pipelines.items import Items, open_items
-from train import rerank_loop, rerank_select
+from train import rerank_calibrate, rerank_loop, rerank_select
 from train.embedder import Embedder
+from train.rerank_calibrate import Calibration
 from train.rerank_data import KINDS, Kind, Lists, Pool, assemble, padded, served
 from train.rerank_loop import RerankConfig
-from train.rerank_merge import Choice, Scored, arrange, probability
+from train.rerank_merge import Choice, Scored, arrange
 from train.rerank_model import Model
 from train.rerank_run import gather
 from train.rerank_score import score
@@ -37,12 +40,32 @@ DEPTH = 50
 METRICS = ("I-HR@1", "C-HR@10", "nDCG@10")
 
 
+def text_queries(folder: Path) -> tuple[pa.Table, pa.Table]:
+    """(query_id, query) and (query_id, product_id, grade) of all text queries that touch an unseen product, and their judgements."""
+    products, judged = (pq.read_table(folder / f"{file}.parquet") for file in ("products", "qrels"))
+    unseen = products.filter(pc.not_equal(products["id_split"], "train"))["product_id"]
+    touched = judged.filter(pc.is_in(judged["product_id"], value_set=unseen.combine_chunks()))["query_id"].unique()
+    return tuple(t.filter(pc.is_in(t["query_id"], value_set=touched)) for t in (pq.read_table(folder / "queries.parquet"), judged))
+
+
+def _untold(keep: Path, folder: Path) -> str:
+    """A setting of train.texts: those of the run file, without the keywords that are a query of `text_queries`."""
+    asked = {query.casefold() for query in text_queries(folder)[0]["query"].to_pylist()}
+    products = pq.read_table(folder / "products.parquet", columns=["product_id", "keywords"])
+    kept = [[word for word in words or [] if word.casefold() not in asked] for words in products["keywords"].to_pylist()]
+    keep.mkdir(parents=True, exist_ok=True)
+    file = keep / "keywords.parquet"
+    pq.write_table(products.set_column(1, "keywords", pa.array(kept)), file)
+    tables = ((file, "keywords"), (folder / "texts.parquet", "title"))
+    return "train.texts=[" + ", ".join(f'{{file = "{path}", columns = ["{column}"]}}' for path, column in tables) + "]"
+
+
 def prepared(name: str, seed: int, keep: Path, data: Path) -> str:
     """The root of a set and a seed, made by the jobs that are not done yet; an embedder takes minutes."""
     root, runs = str(keep / f"{name}-{seed}"), f"runs/{name}.toml"
     given = {
         "pipelines.ingest": [f"ingest.source={data / name}"],
-        "train.run": [f"train.loop.seed={seed}"],
+        "train.run": [f"train.loop.seed={seed}", *([_untold(keep, data / name)] if name == "emoji" else [])],
         "index.run": [],
         "index.candidates": [f"candidates.k={DEPTH}", f"candidates.test={ASKS[name]}", f"candidates.calibrate_products={PRODUCTS[name]}"],
     }
@@ -118,24 +141,26 @@ class Answers:
         found = rerank_select.measure(trained.model, trained.pool, source, kind=kind, depth=DEPTH, chunk=chunk, queries=len(source))
         return cls(scored=found.scored, levels=found.levels, families=found.families)
 
-    def measured(self) -> rerank_select.Measured:
-        return rerank_select.Measured(scored=self.scored, levels=self.levels, families=self.families)
-
     def judged(self, choice: Choice) -> dict[str, np.ndarray]:
         """METRICS (Q,) of an order, over the candidates (METHOD.md section 4)."""
         rows = [_judged(levels[arrange(scored, choice)]) for scored, levels in zip(self.scored, self.levels, strict=True)]
         return dict(zip(METRICS, np.array(rows).T, strict=True))
 
-    def firsts(self, choice: Choice, slope: float, bias: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """r (Q,) of the first answers, and whether they are right (Q,); some lists lose their product (rerank_select.ABSENT)."""
-        absent = np.random.default_rng(seed).random(len(self.levels)) < rerank_select.ABSENT
-        logits, right = [], []
+    def calibrated(self, calibration: Calibration) -> "Answers":
+        """With the logit of r as it is served; to judge by, as orders are made by what the model says."""
+        scored = [dataclasses.replace(each, logit=calibration.logit(each)) for each in self.scored]
+        return dataclasses.replace(self, scored=scored)
+
+    def firsts(self, choice: Choice, calibration: Calibration, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """r (Q,) of the first answers, and whether they are right (Q,); some lists lose their product (rerank_calibrate.ABSENT)."""
+        absent = np.random.default_rng(seed).random(len(self.levels)) < rerank_calibrate.ABSENT
+        r, right = [], []
         for scored, levels, gone in zip(self.scored, self.levels, absent, strict=True):
             order = [i for i in arrange(scored, choice) if not gone or levels[i] > 0]
             if order:
-                logits.append(scored.logit[order[0]])
+                r.append(calibration.r(scored)[order[0]])
                 right.append(levels[order[0]] == 0)
-        return probability(np.array(logits), slope, bias), np.array(right, np.float64)
+        return np.array(r), np.array(right, np.float64)
 
     def instances(self, threshold: float) -> tuple[float, float, float]:
         """Precision, recall and F1 of "the logit of r is above the threshold" for "it is the product", over all pairs."""

@@ -101,7 +101,7 @@ class Made:
 @pytest.fixture(scope="module", params=["listwise", "pointwise"])
 def made(request: pytest.FixtureRequest, embedder: Path) -> Made:
     config, own = CONFIG.model_copy(update={"model": request.param, "steps": 60}), first(LEARNT[request.param])
-    pool = gathered(embedder, config.views)
+    pool = gathered(embedder, rerank_qwen_train.VIEWS[config.model])
     state = rerank_qwen_train.start(config, embedder, pool)
     rerank_loop.train(state, config, pool, own, own)
     return Made(lists=own, config=config, pool=pool, state=state, model=rerank_qwen_train.trained(config, embedder, pool, state.best))
@@ -119,11 +119,11 @@ def test_a_pool_holds_what_decodes(embedder: Path) -> None:
 @pytest.mark.parametrize("kind", ["listwise", "pointwise"])
 def test_drawn_rows_read_as_the_items_they_number(embedder: Path, kind: str) -> None:
     config = CONFIG.model_copy(update={"model": kind, "kinds": (0.3, 0.4, 0.3), "chunk": 6})
-    pool = gathered(embedder, config.views)
+    pool = gathered(embedder, rerank_qwen_train.VIEWS[config.model])
     rows = rerank_qwen_train.start(config, embedder, pool).model
     assert isinstance(rows, RowReranker)
     shaken(rows)
-    model, views = rows.model, config.views
+    model, views = rows.model, rerank_qwen_train.VIEWS[config.model]
     batch = draw(pool, LISTS, slots=range(6), seed=0, step=0, chunk=6, settings=config)
     answers = rows(batch)
     for b in range(6):

@@ -46,7 +46,7 @@ def documents(count: int) -> list[Document]:
 def make(served: dict[Kind, Served] = SERVED, *, cache_bytes: int = 1 << 24) -> Reranker:
     torch.manual_seed(0)
     embedder = Embedder(Compact(TINY))
-    model = ListwiseReranker(RerankConfig(root="", width=32, heads=4, match=8, text_length=16).shape(embedder))
+    model = ListwiseReranker(RerankConfig(root="", crop=False, width=32, heads=4, match=8, text_length=16).shape(embedder))
     with torch.no_grad():
         model.linear.weight.zero_()  # r of random weights on top of cosines would be 0 or 1
         for p in model.parameters():
@@ -298,7 +298,9 @@ def taught(reranker: Reranker) -> Reranker:
     names = [random.choice(WORDS, 5, replace=False) for _ in range(64)]
     asked = [" ".join(random.permutation(name)[:3]) for name in names]
     tokens = text_tokens(reader, [*(" ".join(name) for name in names), *asked], 48).numpy()
-    config = RerankConfig(root="", width=32, match=8, text_length=48, chunk=5, batch=8, steps=80, minutes=5, patience=99, kinds=(0, 0, 1))
+    config = RerankConfig(
+        root="", crop=False, width=32, match=8, text_length=48, chunk=5, batch=8, steps=80, minutes=5, patience=99, kinds=(0, 0, 1)
+    )
     empty = np.zeros((len(tokens), *places_shape(reader, 1)), np.float16)
     pool = Pool(places=empty, pictured=np.zeros(len(tokens), bool), texts=tokens.astype(np.int16))
 
