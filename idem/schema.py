@@ -62,11 +62,12 @@ ASSIGNMENTS = pa.schema(
 
 CANDIDATES = pa.schema(
     [
-        pa.field("query_id", pa.string(), nullable=False),  # item_id of the query
+        pa.field("query_id", pa.string(), nullable=False),  # item_id of the query, where `text` is null
         pa.field("fold", pa.string(), nullable=False),  # rerank, calibrate or test
         pa.field("item_ids", pa.list_(pa.string()), nullable=False),  # best first
         pa.field("scores", pa.list_(pa.float32()), nullable=False),  # cosine
         pa.field("levels", pa.list_(pa.int8()), nullable=False),  # 0 same product .. 3 irrelevant
+        pa.field("text", pa.string()),  # what is asked, by a query that is no item
     ]
 )
 

@@ -3,8 +3,8 @@
 Families of id_split `train` are dealt into folds (idem.folds), and no list of any fold holds a product that the embedder has learnt
 (METHOD.md section 7): it would be told by that. Of what the index holds, the gallery of fold `rerank`, which is learnt from, is the
 fold itself; that of `calibrate`, on which is chosen what is served, both of these; that of `test` all that is not of split train.
-Queries are a fold's pictures outside the index, without their titles. A list holds products, each by its best row, as the reranker
-is served them.
+Queries are a fold's pictures outside the index, without their titles, and texts with graded judgements where such are given
+(index.text_queries). A list holds products, each by its best row, as the reranker is served them.
 """
 
 import sys
@@ -18,18 +18,18 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
-from idem import folds, job, manifest, metrics, schema, storage
+from idem import folds, job, manifest, schema, storage
 from idem.config import Table
-from index import vectors
-from index.searcher import exact
+from index import candidate_lists, vectors
+from index.candidate_lists import of_pictures, of_texts
+from index.text_queries import CHOSEN_ON, LEARNT, TEST, TextQueries, dealt, read
+from index.text_queries import inputs as text_inputs
 from pipelines.items import Items, open_items
 from train.embedder import Embedder
 
 NAME = "candidates.parquet"
-LEARNT, CHOSEN_ON = folds.RERANKER_FOLDS
-TEST = "test"
 FEWEST_PRODUCTS = 4  # with fewer there is next to nothing wrong to choose, and nothing is learnt
-COLUMNS = ["item_id", "product_id", "family_id", "category", "id_split", "width"]
+COLUMNS = [*candidate_lists.COLUMNS, "id_split", "width"]
 BLOCK = 512  # pictures held at a time
 SPLIT_RULE = "rows of split train"  # of index.plan: then photos of that split share the scene with the gallery
 OTHER_SPLITS = "split != 'train'"
@@ -40,13 +40,16 @@ class CandidatesConfig(Table):
     of them, or for those of splits other than train where the gallery is made of split train; test: SQL filter of the pictures
     of other splits than train that fold `test` asks with, empty for no such fold; calibrate_products: most products in the gallery
     of fold `calibrate`, of which its own are never left out, 0 for all: r of a first answer falls with the number it was chosen from, so
-    a service of fewer products sets it to theirs; batch_size: pictures a forward pass.
+    a service of fewer products sets it to theirs; texts and qrels: parquet files of text queries (query_id, query) and of their judgements
+    (query_id, product_id, grade 1 to 3), both or neither; batch_size: pictures a forward pass.
     """
 
     k: int = Field(20, ge=1)
     queries: str = ""
     test: str = ""
     calibrate_products: int = Field(0, ge=0)
+    texts: str = ""
+    qrels: str = ""
     batch_size: int = Field(64, ge=1)
 
 
@@ -118,39 +121,17 @@ def _among(table: pa.Table, item_ids: pa.ChunkedArray) -> np.ndarray:
     return pc.is_in(table["item_id"], value_set=item_ids.combine_chunks()).to_numpy()
 
 
-def lists(fold: str, queries: pa.Table, gallery: pa.Table, query_vectors: np.ndarray, gallery_vectors: np.ndarray, k: int) -> pa.Table:
-    """CANDIDATES of one fold: for each query the best rows of its k nearest products, best first, with cosines and levels.
-
-    queries and gallery have COLUMNS; their vectors are (n, dim) in the same order. Ties go to the earlier gallery row.
-    """
-    item_ids, products, families, categories = (gallery[name].to_numpy() for name in COLUMNS[:4])
-    rows_a_product = int(np.unique(products, return_counts=True)[1].max())  # so many rows hold k products, however they fall
-    found = exact(gallery_vectors, query_vectors, k * rows_a_product)
-    best = [metrics.collapse(products[near].tolist())[:k] for near in found[1]]
-    scores, rows = ([row[kept] for row, kept in zip(part, best, strict=True)] for part in found)
-    asked = zip(*(queries[name].to_pylist() for name in COLUMNS[1:4]), strict=True)
-    levels = [metrics.levels_of(query, products[r], families[r], categories[r]) for query, r in zip(asked, rows, strict=True)]
-    columns = {
-        "query_id": queries["item_id"],
-        "fold": pa.array([fold] * len(rows)),
-        "item_ids": [item_ids[r] for r in rows],
-        "scores": scores,
-        "levels": levels,
-    }
-    return pa.table(columns, schema=schema.CANDIDATES)
-
-
-def too_small(table: pa.Table, side: Side) -> str:
+def too_small(gallery: pa.Table, side: Side, texts: int) -> str:
     """Why a fold gives no candidates, or an empty string."""
-    products = len(table["product_id"].take(pa.array(side.gallery)).unique())
+    products = len(gallery["product_id"].unique())
     if products < FEWEST_PRODUCTS:
         return f"{products} products in the gallery, at least {FEWEST_PRODUCTS} are needed"
-    return "" if len(side.queries) else "no picture beside those in the gallery may ask"
+    return "" if len(side.queries) or texts else "no picture beside those in the gallery may ask"
 
 
 def encode_pictures(items: Items, embedder: Embedder, offsets: np.ndarray, *, batch_size: int, desc: str) -> np.ndarray:
     """(n, dim) vectors of the pictures at `offsets`, titles unread; a block of pictures in memory at a time."""
-    parts = []
+    parts = [np.zeros((0, embedder.dim), np.float32)]
     with tqdm(total=len(offsets), desc=desc, unit="query") as bar:
         for start in range(0, len(offsets), BLOCK):
             images = items.take_rows(offsets[start : start + BLOCK], ["image"])["image"].to_pylist()
@@ -160,32 +141,39 @@ def encode_pictures(items: Items, embedder: Embedder, offsets: np.ndarray, *, ba
 
 
 def _figures(made: pa.Table, side: Side) -> dict[str, Any]:
-    levels = [row for row in made["levels"].to_pylist()]
-    return {
-        "queries": len(levels),
-        "gallery": len(side.gallery),
-        "R@1": round(float(np.mean([row[0] == 0 for row in levels])), 4),
-        "found": round(float(np.mean([0 in row for row in levels])), 4),
-    }
+    told = {"queries": len(side.queries), "gallery": len(side.gallery)}
+    if not len(side.queries):
+        return told
+    levels = made["levels"].to_pylist()
+    right, found = np.mean([row[0] == 0 for row in levels]), np.mean([0 in row for row in levels])
+    return {**told, "R@1": round(float(right), 4), "found": round(float(found), 4)}
 
 
-def make(config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str, asked: str = "") -> tuple[pa.Table, dict[str, Any]]:
+def make(
+    config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str, asked: str = "", said: TextQueries | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """CANDIDATES of the folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for.
 
-    asked: SQL filter on items that queries pass, empty for any. ValueError where it cannot be applied.
+    asked: SQL filter on items that queries pass, empty for any. said: text queries. ValueError where the filter cannot be applied.
     """
     gallery_ids, matrix = vectors.read(vectors_uri)
     table = items.table(COLUMNS)
     able, tested = (items.table(["item_id"], rule)["item_id"] if rule else None for rule in (asked, config.test))
+    texts = dealt(said or TextQueries(), table, embedder.fractions)
     parts, figures = [schema.CANDIDATES.empty_table()], {}
     for fold, side in divide(table, gallery_ids, embedder.fractions, able, tested, config.calibrate_products).items():
-        if why := too_small(table, side):
+        gallery = table.take(pa.array(side.gallery))
+        of_fold = texts[fold].answered_by(set(gallery["product_id"].to_pylist()))
+        if why := too_small(gallery, side, len(of_fold.ids)):
             figures[fold] = {"queries": 0, "gallery": len(side.gallery), "empty": why}
             continue
-        queries = encode_pictures(items, embedder, side.queries, batch_size=config.batch_size, desc=fold)
-        asking_rows, gallery = (table.take(pa.array(rows)) for rows in (side.queries, side.gallery))
-        parts.append(lists(fold, asking_rows, gallery, queries, matrix[side.vector_rows], config.k))
+        pictures = encode_pictures(items, embedder, side.queries, batch_size=config.batch_size, desc=fold)
+        shown, vectors_of = table.take(pa.array(side.queries)), matrix[side.vector_rows]
+        parts += [of_pictures(fold, shown, gallery, pictures, vectors_of, config.k)] if len(side.queries) else []
         figures[fold] = _figures(parts[-1], side)
+        if of_fold.ids:
+            parts.append(of_texts(fold, of_fold, gallery, embedder.encode(None, of_fold.texts), vectors_of, config.k))
+            figures[fold]["texts"] = len(of_fold.ids)
     return pa.concat_tables(parts), figures
 
 
@@ -193,7 +181,8 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
     """Write the candidates of the current index, with the embedder and the items it was made of; or find them written."""
     layout = storage.Layout(config.root)
     index = manifest.read(manifest.current(layout.index, kind="index"), kind="index")
-    inputs, asked = {"index": index.id, **index.inputs}, asking(config, index)
+    asked, said = asking(config, index), read(config.texts, config.qrels)
+    inputs = {"index": index.id, **index.inputs, **text_inputs(config.texts, config.qrels)}
     settings = {"k": config.k, "queries": asked, "test": config.test, "calibrate_products": config.calibrate_products}
     settings["fields"] = index.config["fields"]  # what of the documents was searched
     made = manifest.Plan(parent=layout.candidates, kind="candidates", config=settings, inputs=inputs)
@@ -201,7 +190,7 @@ def run(config: CandidatesConfig) -> dict[str, Any]:
         return {"candidates": made.id, **there.figures, "skipped": True}
     items = open_items(layout.items, version=int(index.inputs["items_version"]))
     embedder = Embedder.load(storage.join(layout.embedder, index.inputs["embedder"]))
-    table, figures = make(config, items, embedder, storage.join(layout.vectors, index.inputs["vectors"], vectors.NAME), asked)
+    table, figures = make(config, items, embedder, storage.join(layout.vectors, index.inputs["vectors"], vectors.NAME), asked, said)
     storage.local_path(made.folder).mkdir(parents=True, exist_ok=True)
     pq.write_table(table, storage.local_path(storage.join(made.folder, NAME)))
     made.write(figures=figures, files=[NAME])

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from idem import job, manifest, metrics
+from idem.qrels import read_qrels
 from idem.types import Query, Ranking
 from index.release import Release
 from serve import ranking, reranking, retrieval, tables
@@ -168,7 +169,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         encode=encode,
         gallery_fields=fields,
         query_fields=task.query_fields,
-        judged=tables.read_qrels(task.qrels) if task.qrels else None,
+        judged=read_qrels(task.qrels) if task.qrels else None,
         search=search,
     )
     said = {"retrieval_latency": retrieval.time_search(found, encode, task.query_fields, search)}

@@ -13,7 +13,8 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
+
+from idem import qrels
 
 IDS = ("image_id", "query_id")
 TEXTS = ("query", "title")
@@ -57,7 +58,7 @@ class Rows:
         if not len(which) or not self.has_image:
             return [None] * len(which)
         wanted, back = np.unique(self.position[np.asarray(which)], return_inverse=True)
-        column = _encoded(_dataset(self.path).take(pa.array(wanted), columns=["image"])["image"])
+        column = _encoded(qrels.dataset(self.path).take(pa.array(wanted), columns=["image"])["image"])
         return [column[i] for i in back]
 
     def batches(self, *, pictures: bool = True) -> Iterator[tuple[np.ndarray, list[bytes | None]]]:
@@ -70,7 +71,7 @@ class Rows:
             return
         seen = 0
         # one fragment and few batches ahead: a gallery of pictures may be larger than memory
-        scanner = _dataset(self.path).scanner(
+        scanner = qrels.dataset(self.path).scanner(
             columns=["image"], batch_size=BATCH, batch_readahead=1, fragment_readahead=1, use_threads=False
         )
         for batch in scanner.to_batches():
@@ -79,17 +80,6 @@ class Rows:
                 inside = pa.array(sorted_positions[first:last] - seen)
                 yield place[first:last], _encoded(batch["image"].take(inside))
             seen += len(batch)
-
-
-def _dataset(path: str) -> ds.Dataset:
-    if not Path(path).exists():
-        raise ValueError(f"{path}: there is no such file or folder; a parquet file or a folder of them is needed")
-    try:
-        found = ds.dataset(path, format="parquet")
-        found.count_rows()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
-    return found
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -134,7 +124,7 @@ def select(table: pa.Table, condition: str) -> pa.Table:
 
 def _lookup(path: str) -> tuple[str, dict[str, tuple[str, str]]]:
     """What a products file says: product_id -> (family, category), and the columns that it came from."""
-    found = _dataset(path)
+    found = qrels.dataset(path)
     if "product_id" not in found.schema.names:
         raise ValueError(f"{path} has no column product_id; found {', '.join(found.schema.names)}")
     family, category = _first(found.schema.names, FAMILIES), _first(found.schema.names, CATEGORIES)
@@ -162,7 +152,7 @@ def read(path: str, *, condition: str = "", products: str | None = None, need_pr
     Families and categories come from `products` (a parquet with product_id), else from columns of the file itself, else
     from a products.parquet beside it. ValueError for a missing file or column, pictures of another type, and where no row is left.
     """
-    dataset = _dataset(path)
+    dataset = qrels.dataset(path)
     names = dataset.schema.names
     id_column = _first(names, IDS)
     missing = [] if id_column else [" or ".join(IDS)]
@@ -205,18 +195,3 @@ def per_product(rows: Rows, count: int, seed: int = 0) -> Rows:
         if taken[product] <= count:
             kept.append(place)
     return rows.keep(np.sort(np.array(kept, np.int64)))
-
-
-def read_qrels(path: str) -> dict[str, dict[str, int]]:
-    """query_id -> product_id -> level (3 - grade); ValueError names missing columns and grades outside of 0..3."""
-    dataset = _dataset(path)
-    if missing := [name for name in ("query_id", "product_id", "grade") if name not in dataset.schema.names]:
-        raise ValueError(f"{path} lacks {' and '.join(missing)}; its columns are {', '.join(dataset.schema.names)}")
-    levels: dict[str, dict[str, int]] = {}
-    for row in dataset.to_table(columns=["query_id", "product_id", "grade"]).to_pylist():
-        if row["grade"] not in (0, 1, 2, 3):
-            raise ValueError(f"{path}: grade {row['grade']!r} of query {row['query_id']} is not one of 0, 1, 2, 3 (3 is best)")
-        levels.setdefault(str(row["query_id"]), {})[str(row["product_id"])] = 3 - int(row["grade"])
-    if not levels:
-        raise ValueError(f"{path} holds no rows")
-    return levels

@@ -143,7 +143,8 @@ def picture_tokens(
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of the n items of a Pool: products, families and titles (n,) are codes, -1 for no title.
+    """What is known of the n items of a Pool: products, families and titles (n,) are codes, -1 for no title. A query that is a text and
+    no item has no product and no family: -1.
 
     both, text (n, D): vectors of the items with all they have, and with their title alone, zero for none: what queries are
     asked with. indexed (n, D): their vectors as the index has them.
@@ -164,17 +165,20 @@ def title_codes(titles: Sequence[str], length: int) -> np.ndarray:
 
 
 def tellable(queries: np.ndarray, documents: np.ndarray, known: Known) -> np.ndarray:
-    """(Q,) bool: the query has a title, its product is among the fold's `documents` (any shape, -1 for none), and none of
-    these has that title. Else the title would be the answer: a catalogue with one title a product asks by picture alone."""
+    """(Q,) bool: the query is a text and no item, or it has a title, its product is among the fold's `documents` (any shape, -1 for none),
+    and none of these has that title. Else the title would be the answer: a catalogue with one title a product asks by picture alone."""
     shown = np.unique(documents[documents >= 0])
     pairs = set(zip(known.products[shown].tolist(), known.titles[shown].tolist(), strict=True))
     products = {product for product, _ in pairs}
     asked = zip(known.products[queries].tolist(), known.titles[queries].tolist(), strict=True)
-    return np.array([title >= 0 and product in products and (product, title) not in pairs for product, title in asked], bool)
+    return np.array(
+        [product < 0 or (title >= 0 and product in products and (product, title) not in pairs) for product, title in asked], bool
+    )
 
 
 def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
-    """One fold's CANDIDATES to Lists. `rows`: item_id to pool row."""
+    """One fold's CANDIDATES to Lists. `rows`: to pool row, of item_ids and of the query_ids of texts. The family of a text is that of the
+    document that is best for it."""
     ids, scores, levels = (table[name].to_pylist() for name in ("item_ids", "scores", "levels"))
     queries = np.array([rows[q] for q in table["query_id"].to_pylist()], np.int64)
     shape = (len(ids), max(map(len, ids), default=0))
@@ -183,6 +187,10 @@ def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
         kept = [j for j, name in enumerate(names) if rows[name] != queries[i]]  # a picture is no answer to itself
         documents[i, : len(kept)] = [rows[names[j]] for j in kept]
         cosine[i, : len(kept)], level[i, : len(kept)] = np.array(values)[kept], np.array(found)[kept]
+    families = known.families[queries]
+    if level.size:
+        best = documents[np.arange(len(queries)), np.where(level < 0, metrics.LEVELS, level).argmin(1)]
+        families = np.where(families < 0, known.families[best], families)
     other = [np.einsum("qd,qnd->qn", vectors[queries], known.indexed[documents]) for vectors in (known.both, known.text)]
     return Lists(
         queries=queries,
@@ -190,7 +198,7 @@ def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
         cosines=np.stack([cosine, *other]).astype(np.float32),
         levels=level,
         products=np.where(documents >= 0, known.products[documents], -1),
-        families=known.families[queries],
+        families=families,
         told=tellable(queries, documents, known),
     )
 

@@ -77,12 +77,14 @@ def _said(judgements: pa.Table) -> dict[tuple[str, str], list[int]]:
 
 def asked(judge: Judge, items: Items, found: Mapping[str, Any]) -> Sequence[float]:
     """What `judge` says of the documents of one row of CANDIDATES."""
-    known = items.take([found["query_id"], *found["item_ids"]], COLUMNS).to_pylist()
+    said = found["text"]
+    query = Query(text=said) if said is not None else Query(image=items.take([found["query_id"]], ["image"])["image"][0].as_py())
+    known = items.take(found["item_ids"], COLUMNS).to_pylist()
     documents = [
         Document(item_id=i, text=told["title"], image=told["image"], score=score)
-        for i, told, score in zip(found["item_ids"], known[1:], found["scores"], strict=True)
+        for i, told, score in zip(found["item_ids"], known, found["scores"], strict=True)
     ]
-    return judge.rerank(Query(image=known[0]["image"]), documents, mode="pointwise").relevance
+    return judge.rerank(query, documents, mode="pointwise").relevance
 
 
 def run(config: LabelConfig) -> dict[str, Any]:

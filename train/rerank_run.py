@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,39 +65,45 @@ def gather(
     asked = table["query_id"].combine_chunks()
     if len(asked) != len(asked.unique()):
         raise ValueError(f"candidates name {len(asked) - len(asked.unique())} queries twice: a query belongs to one fold and has one list")
-    ids = sorted(set(asked.to_pylist()).union(*table["item_ids"].to_pylist()))
+    texts = {row["query_id"]: row["text"] for row in table.select(["query_id", "text"]).to_pylist() if row["text"] is not None}
+    ids = sorted(set(asked.to_pylist()).difference(texts).union(*table["item_ids"].to_pylist()))
+    if both := sorted(texts.keys() & set(ids)):
+        raise ValueError(f"{len(both)} text queries are called as items are, {both[0]} for one: query_ids and item_ids must differ")
     qwen = reader.model if isinstance(reader.model, Qwen3VL) else None
     size = rerank_qwen_train.picture_bytes(qwen, VIEWS[config.model]) if qwen else int(np.prod(places_shape(reader, config.views))) * 2
-    needed = len(ids) * size >> 20
+    needed = (len(ids) + len(texts)) * size >> 20
     if needed > config.tokens_mb:
         raise ValueError(
             f"the tokens of {len(ids):,} pictures take {needed:,} MB, rerank.tokens_mb allows {config.tokens_mb:,}: "
             "raise it, or ask fewer queries"
         )
-    pool, known = _read(ids, items, embedder, reader, config, fields)
-    rows = {item_id: row for row, item_id in enumerate(ids)}
+    pool, known = _read(ids, items, embedder, reader, config, fields, list(texts.values()))
+    rows = {name: row for row, name in enumerate([*ids, *texts])}
     names = dict.fromkeys([*FOLDS, *table["fold"].unique().to_pylist()])
     return pool, {fold: lists(table.filter(pc.equal(table["fold"], fold)), rows, known) for fold in names}
 
 
-def _read(ids: list[str], items: Items, embedder: Embedder, reader: Embedder, config: RerankConfig, fields: str) -> tuple[Pool, Known]:
+def _read(
+    ids: list[str], items: Items, embedder: Embedder, reader: Embedder, config: RerankConfig, fields: str, texts: Sequence[str] = ()
+) -> tuple[Pool, Known]:
+    """Of the items `ids`, then of the queries `texts`, which are none."""
     assert fields in ("both", "image"), fields
     told = items.take(ids, ["product_id", "family_id", "title", "image"])
-    pictures, titles = told["image"].to_pylist(), [title.strip() for title in told["title"].to_pylist()]
+    pictures, titles = [*told["image"].to_pylist(), *[None] * len(texts)], [title.strip() for title in [*told["title"].to_pylist(), *texts]]
     if isinstance(reader.model, Qwen3VL):
         pool: Pool = rerank_qwen_train.qwen_pool(reader.model, pictures, titles, views=VIEWS[config.model], progress="pictures")
     else:
         places, pictured = picture_tokens(reader, pictures, views=config.views, progress="picture tokens")
-        texts = np.zeros((len(ids), config.text_length), np.int16)
+        read = np.zeros((len(titles), config.text_length), np.int16)
         tokens = text_tokens(reader, titles, config.text_length).numpy()
-        texts[:, : tokens.shape[1]] = tokens
-        pool = Pool(places=places, pictured=pictured, texts=texts)
+        read[:, : tokens.shape[1]] = tokens
+        pool = Pool(places=places, pictured=pictured, texts=read)
     seen = [data if there else None for data, there in zip(pictures, pool.pictured, strict=True)]
     both = _vectors(embedder, seen, titles, "vectors")
     kept = ["" if there else title for title, there in zip(titles, pool.pictured, strict=True)]
     known = Known(
-        products=np.unique(told["product_id"].to_pylist(), return_inverse=True)[1],
-        families=np.unique(told["family_id"].to_pylist(), return_inverse=True)[1],
+        products=np.append(np.unique(told["product_id"].to_pylist(), return_inverse=True)[1], [-1] * len(texts)),
+        families=np.append(np.unique(told["family_id"].to_pylist(), return_inverse=True)[1], [-1] * len(texts)),
         titles=title_codes(titles, config.text_length),
         both=both,
         text=_vectors(embedder, None, titles, ""),

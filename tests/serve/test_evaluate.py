@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from idem.qrels import read_qrels
 from idem.types import Ranking
 from index.release import Release
 from index.searcher import make_index
@@ -117,7 +118,7 @@ def test_a_title_is_read_only_when_it_is_asked_for(shop):
 def test_qrels_judge_texts_and_what_is_not_listed_is_irrelevant(shop, tmp_path):
     queries = write(tmp_path / "t.parquet", query_id=["t1", "t2"], query=["red", "blue"])
     qrels = write(tmp_path / "qrels.parquet", query_id=["t1", "t1"], product_id=["red", "pink"], grade=[3, 2])
-    found = find(shop[0], queries, query_fields="text", judged=tables.read_qrels(qrels))
+    found = find(shop[0], queries, query_fields="text", judged=read_qrels(qrels))
     assert [found.level(q, rows).tolist()[:2] for q, rows in enumerate(found.rankings)] == [[0, 1], [3, 3]]
     assert found.counts.tolist() == [[1, 1, 0, 2], [0, 0, 0, 4]]
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from idem.qrels import read_qrels
 from serve import tables
 
 
@@ -80,9 +81,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, photos):
     with pytest.raises(ValueError, match="holds no rows"):
         tables.read(write(tmp_path / "e.parquet", image_id=pa.array([], pa.string()), product_id=pa.array([], pa.string())))
     with pytest.raises(ValueError, match="lacks grade"):
-        tables.read_qrels(write(tmp_path / "q.parquet", query_id=["q"], product_id=["a"]))
+        read_qrels(write(tmp_path / "q.parquet", query_id=["q"], product_id=["a"]))
     with pytest.raises(ValueError, match="grade 7"):
-        tables.read_qrels(write(tmp_path / "g.parquet", query_id=["q"], product_id=["a"], grade=[7]))
+        read_qrels(write(tmp_path / "g.parquet", query_id=["q"], product_id=["a"], grade=[7]))
 
 
 def test_pictures_as_hugging_face_writes_them_are_unwrapped(photos, tmp_path):
@@ -108,6 +109,4 @@ def test_queries_of_texts_alone_need_no_product(tmp_path):
     path = write(tmp_path / "queries.parquet", query_id=["q1"], query=["red mug"], lang=["en"])
     rows = tables.read(path, need_product=False)
     assert (rows.ids.tolist(), rows.texts.tolist(), rows.has_image) == (["q1"], ["red mug"], False)
-    assert tables.read_qrels(write(tmp_path / "q.parquet", query_id=["q1"] * 2, product_id=["a", "b"], grade=[3, 1])) == {
-        "q1": {"a": 0, "b": 2}
-    }
+    assert read_qrels(write(tmp_path / "q.parquet", query_id=["q1"] * 2, product_id=["a", "b"], grade=[3, 1])) == {"q1": {"a": 0, "b": 2}}
