@@ -2,6 +2,7 @@
 
 quality  emoji and grocery, queries of products that neither the embedder nor a reranker has seen, their 50 nearest; three seeds, each an
          embedder and two rerankers trained on the same lists for the same time, which read with the embedder of the next seed
+text     emoji, text queries that touch such products, against their titles and pictures; three seeds; beside TF-IDF of the titles
 ablation emoji, listwise: what each loss adds, trained as for quality on the losses up to it
 speed    requests of 8, 50 and 100 candidates, tokens of their pictures at hand; the query's part computed once, or with each chunk
 """
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.tools import paired, rerank_trials
+from benchmarks.tools import paired, rerank_texts, rerank_trials
 from benchmarks.tools.measuring import Figure, aligned, at_least, at_most, rounded, save, surroundings, table, verdict
+from benchmarks.tools.rerank_texts import Gallery
 from benchmarks.tools.rerank_trials import METRICS, Answers, Root, Trained, embedder_of, prepared
 from idem import job, metrics
-from index.candidates import CHOSEN_ON
+from index.candidates import CHOSEN_ON, TEST
 from train import rerank_calibrate, rerank_score, rerank_select
 from train.backbones.compact import VOCABULARY, Compact, CompactConfig
 from train.embedder import Embedder
@@ -35,7 +37,7 @@ from train.rerank_merge import MERGES, Choice
 from train.rerank_model import MODELS, Kind
 
 JOB = "benchmarks.rerank"
-PARTS = ("quality", "ablation", "speed")
+PARTS = ("quality", "text", "ablation", "speed")
 SETS = ("emoji", "grocery")
 RETRIEVAL = rerank_select.RETRIEVAL
 ORDERS = {f"{merge}{', last' * last}": Choice(merge=merge, last=last) for merge in MERGES for last in (False, True)}
@@ -59,20 +61,52 @@ def quality(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
         seeds = range(arguments.seeds)
         roots = [prepared(name, seed, Path(arguments.keep), Path(arguments.data)) for seed in seeds]
         trained = [
-            _both(arguments, root, embedder_of(roots[(seed + 1) % len(roots)]), seed) for seed, root in zip(seeds, roots, strict=True)
+            _both(arguments, Root.open(root, embedder_of(roots[(seed + 1) % len(roots)])), root, seed)
+            for seed, root in zip(seeds, roots, strict=True)
         ]
         made, more = compared(name, trained)
         figures, told[name] = figures + made, more
     return figures, told
 
 
-def _both(arguments: argparse.Namespace, path: str, reader: str, seed: int) -> dict[Kind, Trained]:
-    root, made = Root.open(path, reader), {}
+def _both(arguments: argparse.Namespace, root: Root, path: str, seed: int) -> dict[Kind, Trained]:
+    made = {}
     for kind in MODELS:
         config = RerankConfig(root=path, model=kind, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH)
         made[kind] = rerank_trials.train(root, config)
         say(f"{path} {kind}: {made[kind].figures}")
     return made
+
+
+def text(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    """nDCG@10 of text queries, means over seeds, and by how much the listwise model is above each peer."""
+    data, seeds = Path(arguments.data), range(arguments.seeds)
+    pictures = [prepared("emoji", seed, Path(arguments.keep), data) for seed in seeds]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("retrieval", "TF-IDF", "pointwise", "listwise")}
+    chosen, families = [], np.zeros(0)
+    for seed, path in zip(seeds, pictures, strict=True):
+        root = rerank_texts.opened(rerank_texts.root_of(path, data), embedder_of(pictures[(seed + 1) % len(pictures)]))
+        trained, gallery = _both(arguments, root, path, seed), Gallery.of(root, data)
+        answers = {kind: Answers.of(each, kind="text") for kind, each in trained.items()}
+        chosen.append(rerank_texts.best(trained["listwise"], ORDERS))
+        found["retrieval"].append(gallery.judged(answers["listwise"], RETRIEVAL))
+        found["TF-IDF"].append(gallery.tfidf())
+        found["pointwise"].append(gallery.judged(answers["pointwise"], BY_R))
+        found["listwise"].append(gallery.judged(answers["listwise"], chosen[-1]))
+        families = trained["listwise"].lists[TEST].families
+        say(aligned([(path, "nDCG@10"), *((name, f"{100 * each[-1].mean():.2f}") for name, each in found.items())], left=1))
+    means = {name: float(np.mean(each)) for name, each in found.items()}
+    figures = []
+    for peer in ("retrieval", "TF-IDF"):
+        figure = Figure(name=f"{len(families):,} text queries, nDCG@10", value=means["listwise"], peer=peer, peer_value=means[peer])
+        figures.append(at_least(figure, 1.0))
+    intervals = {
+        peer: paired.interval({"": np.mean(np.subtract(found["listwise"], found[peer]), axis=0)}, {"": families})
+        for peer in found
+        if peer != "listwise"
+    }
+    told = {"nDCG@10": means, "listwise above": intervals, "chosen": [c.model_dump() for c in chosen], "products": len(gallery.products)}
+    return figures, told
 
 
 def ablation(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
@@ -259,7 +293,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     figures: list[Figure] = []
     told: dict[str, Any] = {}
     for part in arguments.parts:
-        made, told[part] = {"quality": quality, "ablation": ablation, "speed": speed}[part](arguments)
+        made, told[part] = {"quality": quality, "text": text, "ablation": ablation, "speed": speed}[part](arguments)
         figures += made
     say(table([], figures))
     result = {

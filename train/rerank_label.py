@@ -102,7 +102,8 @@ def run(config: LabelConfig) -> dict[str, Any]:
         raise ValueError(f"the reranker at {config.judge} found too little to learn from: it judges nothing")
     found: list[dict[str, Any]] = []
     (file,) = manifest.read(candidates, kind="candidates").files
-    for row in tqdm(pq.read_table(storage.local_path(storage.join(candidates, file))).to_pylist(), desc="judge", unit="query"):
+    asking = pq.read_table(storage.local_path(storage.join(candidates, file)), schema=schema.CANDIDATES)
+    for row in tqdm(asking.to_pylist(), desc="judge", unit="query"):
         found += rows(row, asked(judge, items, row), name, config.sure)
     table = pa.Table.from_pylist(found, schema=schema.JUDGEMENTS)
     storage.local_path(made.folder).mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import ray.train.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from idem import cluster, folds, job, manifest, storage
+from idem import cluster, folds, job, manifest, schema, storage
 from pipelines.items import Items, open_items
 from train import ray_train, rerank_loop, rerank_qwen_reader, rerank_qwen_train, rerank_select
 from train import run as train_run
@@ -278,7 +278,7 @@ def run(config: RerankConfig) -> dict[str, Any]:
     if before := made.finished():
         return {**before.figures, "skipped": True}
     (name,) = found.files
-    table = pq.read_table(storage.local_path(storage.join(candidates, name)))
+    table = pq.read_table(storage.local_path(storage.join(candidates, name)), schema=schema.CANDIDATES)
     if config.judgements:
         table = agreed(table, pq.read_table(storage.local_path(config.judgements)))
     if why := too_few(table, config):

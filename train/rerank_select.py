@@ -42,8 +42,9 @@ class Served(BaseModel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Lists of one kind of query, scored: levels of the documents in canonical order, and the family of the query."""
+    """Lists of one kind of query, scored: their numbers, levels of the documents in canonical order, and the families of the queries."""
 
+    numbers: np.ndarray
     scored: list[Scored]
     levels: list[np.ndarray]
     families: np.ndarray
@@ -67,7 +68,7 @@ def measure(
             scored += scoring(model, batch, chunk=chunk)
             levels += found
             bar.update(len(group))
-    return Measured(scored=scored, levels=levels, families=source.families[chosen])
+    return Measured(numbers=chosen, scored=scored, levels=levels, families=source.families[chosen])
 
 
 def clustered_error(gain: np.ndarray, families: np.ndarray) -> float:

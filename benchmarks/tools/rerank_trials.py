@@ -8,7 +8,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from idem import manifest, metrics, storage
+from idem import manifest, metrics, schema, storage
 from index.candidates import CHOSEN_ON, LEARNT, NAME, TEST
 from pipelines.items import Items, open_items
 from train import rerank_calibrate, rerank_loop, rerank_select
@@ -70,9 +70,13 @@ def prepared(name: str, seed: int, keep: Path, data: Path) -> str:
         "index.candidates": [f"candidates.k={DEPTH}", f"candidates.test={ASKS[name]}", f"candidates.calibrate_products={PRODUCTS[name]}"],
     }
     for module, settings in given.items():
-        words = [word for setting in [f"root={root}", *settings] for word in ("--set", setting)]
-        subprocess.run([sys.executable, "-m", module, runs, *words], check=True, stdout=subprocess.DEVNULL)
+        job(module, runs, root, settings)
     return root
+
+
+def job(module: str, runs: str, root: str, settings: Sequence[str]) -> None:
+    words = [word for setting in [f"root={root}", *settings] for word in ("--set", setting)]
+    subprocess.run([sys.executable, "-m", module, runs, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def embedder_of(root: str) -> str:
@@ -99,7 +103,7 @@ class Root:
             items=open_items(layout.items),
             embedder=embedder,
             reader=Embedder.load(reader) if reader else embedder,
-            table=pq.read_table(f"{folder}/{NAME}"),
+            table=pq.read_table(f"{folder}/{NAME}", schema=schema.CANDIDATES),
             fields=manifest.read(folder, kind="candidates").config["fields"],
         )
 
@@ -129,8 +133,9 @@ def train(root: Root, config: RerankConfig) -> Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Lists that were scored: `levels` of their documents, `families` (Q,) of the queries."""
+    """Lists that were scored: their `numbers` (Q,) in the fold, `levels` of their documents, `families` (Q,) of the queries."""
 
+    numbers: np.ndarray
     scored: list[Scored]
     levels: list[np.ndarray]
     families: np.ndarray
@@ -139,7 +144,7 @@ class Answers:
     def of(cls, trained: Trained, fold: str = TEST, kind: Kind = "image") -> "Answers":
         source, chunk = trained.lists[fold], trained.config.chunk
         found = rerank_select.measure(trained.model, trained.pool, source, kind=kind, depth=DEPTH, chunk=chunk, queries=len(source))
-        return cls(scored=found.scored, levels=found.levels, families=found.families)
+        return cls(numbers=found.numbers, scored=found.scored, levels=found.levels, families=found.families)
 
     def judged(self, choice: Choice) -> dict[str, np.ndarray]:
         """METRICS (Q,) of an order, over the candidates (METHOD.md section 4)."""

@@ -328,7 +328,9 @@ def _measured(logit_of_right: float, *, queries: int = 60, families: int = 15) -
     levels = np.array([3, 0, 3, 3, 3, 3, 3, 3])
     says = np.where(levels == 0, logit_of_right, 0.0)
     one = Scored(chunk=5, local=says, null=np.zeros(8), logit=says, finalists=np.arange(5), final=says[:5])
-    return rerank_select.Measured(scored=[one] * queries, levels=[levels] * queries, families=np.arange(queries) % families)
+    return rerank_select.Measured(
+        numbers=np.arange(queries), scored=[one] * queries, levels=[levels] * queries, families=np.arange(queries) % families
+    )
 
 
 def test_a_reranker_that_harms_is_never_chosen() -> None:
