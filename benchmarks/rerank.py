@@ -1,7 +1,7 @@
 """The listwise reranker against the order of retrieval and the pointwise one: what is found, what r is worth, and how fast.
 
 quality  emoji and grocery, queries of products that neither the embedder nor a reranker has seen, their 50 nearest; three seeds, each an
-         embedder and two rerankers trained on the same lists for the same time, which read with the embedder of the next seed
+         embedder and two rerankers trained on as many comparisons of the same lists, which read with the embedder of the next seed
 text     emoji, text queries that touch such products, against their titles and pictures; three seeds; beside TF-IDF of the titles
 ablation emoji, listwise: what each loss adds, trained as for quality on the losses up to it
 speed    requests of 8, 50 and 100 candidates, tokens of their pictures at hand; the query's part computed once, or with each chunk
@@ -50,6 +50,7 @@ ADDED: dict[str, tuple[Loss, ...]] = {
     "+ absolute": LOSSES,
 }
 COUNTS, REPEATS = (8, 50, 100), 31
+LONGEST = 20.0  # minutes of a training: its end is that of its steps, whatever else the machine has to do
 TEXT = 24  # tokens of a document's text
 SLICES = (16, 32, 64, 128)  # documents at a time, of which the pointwise model gets its best
 
@@ -72,7 +73,7 @@ def quality(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
 def _both(arguments: argparse.Namespace, root: Root, path: str, seed: int) -> dict[Kind, Trained]:
     made = {}
     for kind in MODELS:
-        config = RerankConfig(root=path, model=kind, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH)
+        config = RerankConfig(root=path, model=kind, steps=arguments.steps, minutes=LONGEST, seed=seed, depth=rerank_trials.DEPTH)
         made[kind] = rerank_trials.train(root, config)
         say(f"{path} {kind}: {made[kind].figures}")
     return made
@@ -118,7 +119,7 @@ def ablation(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any
     for name, summed in ADDED.items():
         judged: dict[str, list[dict[str, np.ndarray]]] = {order: [] for order in ORDERS}
         for seed, path, root in zip(seeds, paths, roots, strict=True):
-            config = RerankConfig(root=path, minutes=arguments.minutes, seed=seed, depth=rerank_trials.DEPTH, losses=summed)
+            config = RerankConfig(root=path, steps=arguments.steps, minutes=LONGEST, seed=seed, depth=rerank_trials.DEPTH, losses=summed)
             answers = Answers.of(rerank_trials.train(root, config))
             for order, choice in ORDERS.items():
                 judged[order].append(answers.judged(choice))
@@ -309,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=1.0, help="of each reranker's training")
+    parser.add_argument("--steps", type=int, default=500, help="of each reranker's training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default="../shared/data", help="folder of the public sets")
     parser.add_argument("--keep", default="out/bench-rerank", help="folder for roots, whose embedders take minutes each")

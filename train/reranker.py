@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from idem import manifest, storage
@@ -106,7 +107,10 @@ class Reranker:
             return IdentityReranker()
         if config["embedder"] != (found := manifest.read(embedder_path, kind="embedder").id):
             raise ValueError(f"the reranker at {path} was trained with embedder {config['embedder']}, found {found} at {embedder_path}")
-        served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
+        try:
+            served: dict[Kind, Served] = {kind: Served(**config["served"][kind]) for kind in KINDS}
+        except ValidationError as error:
+            raise ValueError(f"the reranker at {path} is of another version of this program: train it again ({error})") from error
         if config.get("backbone") == "qwen3-vl":
             from train import rerank_qwen_reader as qwen
 

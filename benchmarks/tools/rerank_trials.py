@@ -1,6 +1,6 @@
 """Rerankers trained on the candidates of a root, and what they make of the queries of fold `test`.
 
-A root has its items, embedder, index and candidates, as their jobs leave them. Both models train on the same lists for the same time.
+A root has its items, embedder, index and candidates, as their jobs leave them. Both models train on the same lists for as many steps.
 Q queries, N documents of each, in canonical order.
 """
 

@@ -251,6 +251,10 @@ def test_load_gives_what_was_saved_and_knows_its_embedder(tmp_path: Path) -> Non
     made = reranker_artifact(tmp_path / "older", reranker, {**said, "shape": {**shape, "layers": 3}})
     with pytest.raises(ValueError, match="another version of this program: train it again"):
         Reranker.load(made.folder, embedder_path=embedder.folder)
+    before = {kind: {"slope": 1.0, "bias": 0.0} for kind in KINDS}
+    made = reranker_artifact(tmp_path / "before", reranker, {**said, "served": before})
+    with pytest.raises(ValueError, match="another version of this program: train it again"):
+        Reranker.load(made.folder, embedder_path=embedder.folder)
     made = reranker_artifact(tmp_path / "identity", reranker, {"identity": True, "embedder": embedder.id})
     identity = Reranker.load(made.folder, embedder_path=embedder.folder)
     assert isinstance(identity, IdentityReranker)

@@ -18,6 +18,7 @@ from idem.types import Document, Query
 from train import rerank_label, rerank_run
 from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
+from train.rerank_data import KINDS, text_tokens
 from train.rerank_loop import RerankConfig
 from train.reranker import IdentityReranker, Reranker
 
@@ -113,6 +114,30 @@ def test_too_few_candidates_give_the_identity_and_say_why(layout: Layout) -> Non
 def test_an_empty_table_gives_the_identity(layout: Layout) -> None:
     offer(layout, candidates(0))
     assert rerank_run.run(config(layout))["identity"]
+
+
+def test_candidates_of_before_there_were_texts_are_read(layout: Layout) -> None:
+    offer(layout, candidates(24).drop_columns(["text"]))
+    assert "'calibrate' has 4 queries" in rerank_run.run(config(layout))["reason"]
+
+
+def test_texts_are_gathered_beside_the_items(layout: Layout) -> None:
+    rows = candidates(40).to_pylist()
+    asked = [{**rows[0], "query_id": "q1", "text": "a warm red"}, {**rows[-1], "query_id": "q2", "text": "a cold blue"}]
+    embedder, told = Embedder(Compact(TINY)), pa.Table.from_pylist([*rows, *asked], schema=schema.CANDIDATES)
+    pool, folds = rerank_run.gather(told, FakeItems(), embedder, embedder, config(layout), fields="image")  # type: ignore[arg-type]
+    for name, text in (("rerank", "a warm red"), ("calibrate", "a cold blue")):
+        lists, row = folds[name], folds[name].queries[-1]
+        assert not pool.pictured[row]
+        assert lists.told[-1]
+        tokens = text_tokens(embedder, [text], 48)[0].tolist()
+        assert pool.texts[row].tolist() == tokens + [0] * (len(pool.texts[row]) - len(tokens))
+        documents = FakeItems().take(told["item_ids"].to_pylist()[40 + (name == "calibrate")], ["image"])["image"].to_pylist()
+        expected = embedder.encode(documents, None) @ embedder.encode(None, [text])[0]
+        np.testing.assert_allclose(lists.cosines[KINDS.index("text"), -1, : len(expected)], expected, atol=1e-5)
+    named = pa.Table.from_pylist([*rows, {**asked[0], "query_id": "p0-0"}], schema=schema.CANDIDATES)
+    with pytest.raises(ValueError, match="1 text queries are called as items are, p0-0 for one"):
+        rerank_run.gather(named, FakeItems(), embedder, embedder, config(layout), fields="image")  # type: ignore[arg-type]
 
 
 def test_too_many_tokens_for_memory_are_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
