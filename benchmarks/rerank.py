@@ -61,11 +61,11 @@ def quality(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
     for name in arguments.sets:
         seeds = range(arguments.seeds)
         roots = [prepared(name, seed, Path(arguments.keep), Path(arguments.data)) for seed in seeds]
-        trained = [
-            _both(arguments, Root.open(root, embedder_of(roots[(seed + 1) % len(roots)])), root, seed)
+        answered = [
+            Seed.of(_both(arguments, Root.open(root, embedder_of(roots[(seed + 1) % len(roots)])), root, seed))
             for seed, root in zip(seeds, roots, strict=True)
         ]
-        made, more = compared(name, trained)
+        made, more = compared(name, answered)
         figures, told[name] = figures + made, more
     return figures, told
 
@@ -130,12 +130,14 @@ def ablation(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seed:
-    """What one seed says: answers of both models on the test and the calibrate fold; choice: the best order of the latter."""
+    """What one seed says: answers of both models on the test and the calibrate fold; choice: the best order of the latter; flipped: share
+    of first answers that change with the order of the input; figures: of both trainings. The models and what they read are let go."""
 
-    trained: dict[Kind, Trained]
     test: dict[Kind, Answers]
     calibrate: dict[Kind, Answers]
     choice: Choice
+    flipped: float
+    figures: dict[Kind, dict[str, Any]]
 
     @classmethod
     def of(cls, trained: dict[Kind, Trained]) -> "Seed":
@@ -146,7 +148,9 @@ class Seed:
             judged = calibrate["listwise"].judged(choice)
             return float(judged["I-HR@1"].mean() + judged["nDCG@10"].mean())
 
-        return cls(trained=trained, test=test, calibrate=calibrate, choice=max(ORDERS.values(), key=worth))
+        choice = max(ORDERS.values(), key=worth)
+        flipped = rerank_trials.flips(trained["listwise"], choice)
+        return cls(test=test, calibrate=calibrate, choice=choice, flipped=flipped, figures={k: t.figures for k, t in trained.items()})
 
     def chosen(self, kind: Kind) -> Choice:
         return self.choice if kind == "listwise" else BY_R
@@ -167,9 +171,8 @@ class Seed:
         return self.test[kind].calibrated(calibration).instances(at)
 
 
-def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Figure], dict[str, Any]]:
+def compared(name: str, seeds: Sequence[Seed]) -> tuple[list[Figure], dict[str, Any]]:
     """Figures of one set over its seeds, and the table of all orders."""
-    seeds = [Seed.of(each) for each in trained]
     families = {"": seeds[0].test["listwise"].families}
     judged = {
         "retrieval": [s.test["listwise"].judged(RETRIEVAL) for s in seeds],
@@ -194,7 +197,7 @@ def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Fi
     ece, skill = metrics.expected_calibration_error(r, right), metrics.brier_skill(r, right)
     shares = rerank_trials.sure(r, right, SURE)
     off = max((abs(each["predicted"] - each["observed"]) for each in shares), default=1.0)
-    flipped = float(np.mean([rerank_trials.flips(s.trained["listwise"], s.choice) for s in seeds]))
+    flipped = float(np.mean([s.flipped for s in seeds]))
     figures += [
         at_most(Figure(name=f"{name}, ECE of {len(r):,} first answers", value=ece, peer="bar", peer_value=ECE_BAR), 1.0),
         at_least(Figure(name=f"{name}, Brier skill", value=skill, peer="bar", peer_value=SKILL_BAR), 1.0),
@@ -210,7 +213,7 @@ def compared(name: str, trained: Sequence[dict[Kind, Trained]]) -> tuple[list[Fi
         "base_rate": float(right.mean()),
         "queries": len(families[""]),
         "families": len(np.unique(families[""])),
-        "trained": [{kind: t.figures for kind, t in s.trained.items()} for s in seeds],
+        "trained": [s.figures for s in seeds],
     }
 
 
