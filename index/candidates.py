@@ -152,7 +152,8 @@ def _figures(made: pa.Table, side: Side) -> dict[str, Any]:
 def make(
     config: CandidatesConfig, items: Items, embedder: Embedder, vectors_uri: str, asked: str = "", said: TextQueries | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """CANDIDATES of the folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for.
+    """CANDIDATES of the folds, and figures of each: `R@1`, and `found`, the share of lists that hold the product asked for; `texts`, and
+    `texts_left_out`, those of which no product is in the gallery.
 
     asked: SQL filter on items that queries pass, empty for any. said: text queries. ValueError where the filter cannot be applied.
     """
@@ -171,9 +172,10 @@ def make(
         shown, vectors_of = table.take(pa.array(side.queries)), matrix[side.vector_rows]
         parts += [of_pictures(fold, shown, gallery, pictures, vectors_of, config.k)] if len(side.queries) else []
         figures[fold] = _figures(parts[-1], side)
+        if texts[fold].ids:
+            figures[fold] |= {"texts": len(of_fold.ids), "texts_left_out": len(texts[fold].ids) - len(of_fold.ids)}
         if of_fold.ids:
             parts.append(of_texts(fold, of_fold, gallery, embedder.encode(None, of_fold.texts), vectors_of, config.k))
-            figures[fold]["texts"] = len(of_fold.ids)
     return pa.concat_tables(parts), figures
 
 

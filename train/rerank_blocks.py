@@ -7,14 +7,15 @@ position sees everything. So what the absolute head pools cannot depend on chunk
 block serve any number of comparisons: `encode` runs once, `compare` costs one position a comparison.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from train.rerank_match import COLOURS, FEATURES, Match, trigram_profile
+from train.rerank_match import COLOURS, FEATURES, Match, Matched, Pictures, trigram_profile
 
 STRIDE = 4  # bytes a text token
 COSINES = 20.0
@@ -52,25 +53,33 @@ class Shape(BaseModel):
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Queries and their documents: pictures (B, T, C) and (B, M, T, C) with masks of the places that are there, texts
-    (B, L) and (B, M, L), the retrieval's cosine (B, M), and level (B, M), which is -1 where there is no document."""
+    (B, L) and (B, M, L), the retrieval's cosine (B, M), and level (B, M), which is -1 where there is no document. Pictures of
+    documents may be what `Blocks.documents` has made of them."""
 
     q_image: Tensor
     q_mask: Tensor
     q_text: Tensor
-    d_image: Tensor
+    d_image: Tensor | Pictures
     d_mask: Tensor
     d_text: Tensor
     cosine: Tensor
     level: Tensor
 
+    def part(self, start: int, stop: int) -> "Batch":
+        """With the documents from `start` to `stop` alone."""
+        image = self.d_image
+        cut = Pictures(*(t[:, start:stop] for t in image)) if isinstance(image, Pictures) else image[:, start:stop]
+        rest = {name: getattr(self, name)[:, start:stop] for name in ("d_mask", "d_text", "cosine", "level")}
+        return replace(self, d_image=cut, **rest)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """States of the queries and their blocks: a layer's keys and values for each; index the final states of the index
-    tokens (B, M, D); prior the part of s that needs no comparison (B, M); levels the logits of the absolute head (B, M, S)."""
+    """States of the queries and their blocks: a layer's keys and values (B, Lq, 2 D) and (B, M, Lb, 2 D); index the final states of
+    the index tokens (B, M, D); prior the part of s that needs no comparison (B, M); levels the logits of the absolute head (B, M, S)."""
 
-    query: list[tuple[Tensor, Tensor]]
-    blocks: list[tuple[Tensor, Tensor]]
+    query: list[Tensor]
+    blocks: list[Tensor]
     q_valid: Tensor
     b_valid: Tensor
     index: Tensor
@@ -88,16 +97,33 @@ class Layer(nn.Module):
         self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.kv(self.norm(x)).chunk(2, -1)
-        return k, v
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys and values (..., 2 D)."""
+        return self.kv(self.norm(x))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x (B, L, D) attends to k, v (B, S, D) where mask (B, L, S) is True."""
+    def forward(self, x: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """x (B, L, D) attends to keys (B, S, 2 D) where mask (B, L, S) is True."""
+        k, v = keys.chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(self.norm(x)), k, v))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.rest(x, seen.transpose(1, 2).flatten(2))
+
+    def rest(self, x: Tensor, seen: Tensor) -> Tensor:
+        """What follows when it is known what was seen."""
+        x = self.out(seen).add_(x)
+        return self.down(F.gelu(self.up(self.norm2(x)))).add_(x)
+
+    def by_heads(self, keys: Tensor) -> Tensor:
+        """(..., S, 2 D) -> keys and values (2, ..., H, S, D / H)."""
+        return keys.unflatten(-1, (2, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
+
+    def attended(self, q: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+        """q (..., L, D) of its keys `by_heads` (2, ..., H, S, D / H): (..., L, D). hidden (N, L, S), N in all of ... and H, is 0 or -inf.
+        For many short sequences two batched products take half the time of scaled_dot_product_attention."""
+        q = q.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        k, v = (t.flatten(0, -3) for t in keys)
+        weights = torch.baddbmm(hidden, q.flatten(0, -3), k.transpose(1, 2), alpha=k.shape[-1] ** -0.5).softmax(-1)
+        return (weights @ v).view(q.shape).transpose(-3, -2).flatten(-2)
 
 
 def self_mask(valid: Tensor, *, index_last: bool = False) -> Tensor:
@@ -174,90 +200,136 @@ class Blocks(nn.Module):
         states = self.text_in(self.embed(tokens).unflatten(-2, (-1, STRIDE)).flatten(-2))
         return states + self.text_place[: states.shape[-2]], tokens.unflatten(-1, (-1, STRIDE)).any(-1)
 
-    def _places(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (..., T, P) and colours (..., T, COLOURS), zero where the mask is False."""
-        return self.match.patches(image, mask), image[..., -COLOURS:] * mask.unsqueeze(-1)
-
-    def _image(self, inputs: Tensor, mask: Tensor, into: nn.Linear) -> tuple[Tensor, Tensor]:
-        valid = self._merged(mask.unsqueeze(-1).float()).any(-1)
-        return into(self._merged(inputs)) + self.place, valid
+    def _image(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What pictures bring to their positions, and which of these hold a place that is there."""
+        return states + self.place, self._merged(mask.unsqueeze(-1).float()).any(-1)
 
     def _own_vector(self, image: Tensor, mask: Tensor) -> Tensor:
-        """(..., T, C) -> (..., D'), unit length: the reader's vector of the first view, by the places that are there."""
+        """(..., T, C) -> (..., D'), unit length: the reader's vector of the first view, by the places that are there; D' may be 0."""
+        if self.own is None:
+            return image.new_zeros(*image.shape[:-2], 0)
         first = self.shape.tokens // self.shape.views
         seen = image[..., :first, -COLOURS - self.shape.pooled : -COLOURS] * mask[..., :first, None]
-        assert self.own is not None
         mean = seen.sum(-2) / mask[..., :first].sum(-1, keepdim=True).clamp_min(1)
         return F.normalize(self.own(torch.cat([mean, seen.amax(-2)], -1)), dim=-1)
 
-    def _own_cosine(self, batch: Batch) -> Tensor:
-        """(B, M); zero without a reader's head."""
-        if self.own is None:
-            return torch.zeros_like(batch.cosine)
-        query, documents = self._own_vector(batch.q_image, batch.q_mask), self._own_vector(batch.d_image, batch.d_mask)
-        return (query[:, None] * documents).sum(-1)  # row by row: as a matrix product the last bits would tell a document's place
+    def _pictures(self, image: Tensor, mask: Tensor, into: Callable[[Tensor], Tensor]) -> Pictures:
+        patches, colours = self.match.patches(image, mask), image[..., -COLOURS:] * mask.unsqueeze(-1)
+        return Pictures(
+            patches=patches,
+            colours=colours,
+            mask=mask,
+            weights=self.match.weights(patches, mask),
+            mean=F.normalize(patches.sum(-2), dim=-1, eps=1e-8),
+            own=self._own_vector(image, mask),
+            tokens=into(self._merged(torch.cat([patches, colours], -1))),
+        )
+
+    def queries(self, image: Tensor, mask: Tensor) -> Pictures:
+        return self._pictures(image, mask, self.q_in)
+
+    def documents(self, image: Tensor | Pictures, mask: Tensor) -> Pictures:
+        """All of documents' pictures (..., T, C) that no query has a part in. tokens are what `d_in` makes of their places, and of the
+        same in the place of what they are minus their best match."""
+        if isinstance(image, Pictures):
+            return image
+        own, apart, _ = self._d_in()
+        return self._pictures(image, mask, lambda places: places @ torch.cat([own, apart]).flatten(1).T)
+
+    def _d_in(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of `d_in` (D, merge^2, ...): of a place itself, of what it is minus its best match, and of their similarity."""
+        size = self.shape.match + COLOURS
+        own, apart, best = self.d_in.weight.unflatten(1, (self.shape.merge**2, -1)).split([size, size, 1], 2)
+        return own, apart, best
+
+    def _d_inputs(self, q: Pictures, d: Pictures, matched: Matched) -> Tensor:
+        """`d_in` of each place, of its difference from its best match, and of their similarity. As it is linear, each part goes in by
+        itself, the query's places once and not once a match: (B, M, T', D)."""
+        square, (_, apart, best) = self.shape.merge**2, self._d_in()
+        places = q.mask.shape[1]
+        of_query = torch.cat([q.patches, q.colours], -1) @ apart.transpose(0, 1).flatten(0, 1).T
+        of_query = F.pad(of_query, (0, 0, 0, 1)).reshape(-1, self.shape.width)  # one more place, of zeros, for what is not seen
+        start = torch.arange(len(q.mask), device=q.mask.device)[:, None, None, None] * (places + 1) * square
+        where = self._merged(matched.where.masked_fill(~matched.seen, places).unsqueeze(-1))
+        rows = where * square + torch.arange(square, device=where.device) + start
+        taken = F.embedding_bag(rows.view(-1, square), of_query, mode="sum")
+        own, same = d.tokens.chunk(2, -1)
+        similar = self._merged((matched.best * matched.seen).unsqueeze(-1)) @ best.squeeze(2).T
+        seen = matched.seen.any(2).to(own.dtype)[..., None, None]
+        return torch.addcmul(own + self.d_in.bias, same, seen) - taken.view(own.shape) + similar
 
     def sequences(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         """Inputs and validity of the queries (B, Lq, D) and of the blocks (B, M, Lb, D), and the features (B, M, F)."""
-        q, d = self._places(batch.q_image, batch.q_mask), self._places(batch.d_image, batch.d_mask)
+        q, d = self.queries(batch.q_image, batch.q_mask), self.documents(batch.d_image, batch.d_mask)
+        own = (q.own[:, None] * d.own).sum(-1)  # row by row: as a matrix product the last bits would tell a document's place
         trigrams = (trigram_profile(batch.q_text)[:, None] * trigram_profile(batch.d_text)).sum(-1)
-        features, matched = self.match((*q, batch.q_mask), (*d, batch.d_mask), batch.cosine, self._own_cosine(batch), trigrams)
+        features, matched = self.match(q, d, batch.cosine, own, trigrams)
         q_text, q_text_valid = self._text(batch.q_text)
         d_text, d_text_valid = self._text(batch.d_text)
-        q_image, q_image_valid = self._image(torch.cat(q, -1), batch.q_mask, self.q_in)
-        d_image, d_image_valid = self._image(torch.cat([*d, matched], -1), batch.d_mask, self.d_in)
+        q_image, q_image_valid = self._image(q.tokens, q.mask)
+        d_image, d_image_valid = self._image(self._d_inputs(q, d, matched), d.mask)
         query = torch.cat([q_text, q_image], 1) + self.role[0]
-        index = self.role[2].expand(*d_image.shape[:2], 1, -1)
-        blocks = torch.cat([torch.cat([d_text, d_image], 2) + self.role[1], index], 2)
+        index = (self.role[2] - self.role[1]).expand(*d_image.shape[:2], 1, -1)
+        blocks = torch.cat([d_text, d_image, index], 2) + self.role[1]
         always = torch.ones_like(d_image_valid[..., :1])
         q_valid = torch.cat([q_text_valid, q_image_valid], 1)
         return (query, q_valid), (blocks, torch.cat([d_text_valid, d_image_valid, always], 2)), features
 
     def encode(self, batch: Batch) -> Encoded:
-        """All that does not depend on which documents are compared."""
+        """All that does not depend on which documents are compared. A row holds the query and then its blocks; of the last layer are
+        made only the positions that are read."""
         (x, q_valid), (blocks, b_valid), features = self.sequences(batch)
-        count = blocks.shape[1]
-        y, y_valid = blocks.flatten(0, 1), b_valid.flatten(0, 1)
-        q_mask, own = self_mask(q_valid), self_mask(y_valid, index_last=True)
-        seen = q_valid.repeat_interleave(count, 0).unsqueeze(1).expand(-1, y.shape[1], -1)
-        b_mask = torch.cat([seen, own], 2)
-        of_query, of_blocks = [], []
-        for layer in self._layers():
-            (kq, vq), (kb, vb) = layer.keys(x), layer.keys(y)
-            of_query.append((kq, vq))
-            of_blocks.append((kb.unflatten(0, (-1, count)), vb.unflatten(0, (-1, count))))
-            x = layer(x, kq, vq, q_mask)
-            k, v = torch.cat([kq.repeat_interleave(count, 0), kb], 1), torch.cat([vq.repeat_interleave(count, 0), vb], 1)
-            y = layer(y, k, v, b_mask)
-        return self._read(of_query, of_blocks, q_valid, b_valid, self.norm(x), self.norm(y).unflatten(0, (-1, count)), features)
+        (queries, count, length), layers = (x.shape[1], *blocks.shape[1:3]), self._layers()
+        rows, q_hidden, b_hidden = torch.cat([x, blocks.flatten(1, 2)], 1), *self._hidden(q_valid, b_valid)
+        of_query, of_blocks, first = [], [], 0
+        for layer in layers:
+            normed = layer.norm(rows)
+            keys = layer.kv(normed)
+            of_query.append(keys[:, :queries])
+            of_blocks.append(keys[:, queries:].unflatten(1, (count, length)))
+            if layer is layers[-1]:
+                first = self._first_read(b_valid)
+                rows, normed = (_without(t, queries, count, first) for t in (rows, normed))
+            rows = layer.rest(rows, self._seen(layer, layer.q(normed), of_query[-1], of_blocks[-1], q_hidden, b_hidden[:, first:]))
+        x, y = self.norm(rows).split([queries, count * (length - first)], 1)
+        read = self._read(x, y.unflatten(1, (count, -1)), q_valid, b_valid[..., first:], features)
+        return Encoded(query=of_query, blocks=of_blocks, q_valid=q_valid, b_valid=b_valid, **read)
 
-    def _read(
-        self,
-        of_query: list[tuple[Tensor, Tensor]],
-        of_blocks: list[tuple[Tensor, Tensor]],
-        q_valid: Tensor,
-        b_valid: Tensor,
-        x: Tensor,
-        y: Tensor,
-        features: Tensor,
-    ) -> Encoded:
+    def _hidden(self, q_valid: Tensor, b_valid: Tensor) -> tuple[Tensor, Tensor]:
+        """For `Layer.attended`, 0 where a position sees a key and -inf where not: (B * H, Lq, Lq) and (B * M * H, Lb, Lq + Lb)."""
+        own = self_mask(b_valid, index_last=True)
+        of_query = q_valid[:, None, None].expand(*own.shape[:-1], -1)
+        masks = self_mask(q_valid), torch.cat([of_query, own], -1).flatten(0, 1)
+        q_hidden, b_hidden = (torch.where(m, 0.0, -torch.inf).repeat_interleave(self.shape.heads, 0) for m in masks)
+        return q_hidden, b_hidden
+
+    def _seen(self, layer: Layer, q: Tensor, of_query: Tensor, of_blocks: Tensor, q_hidden: Tensor, b_hidden: Tensor) -> Tensor:
+        """(B, Lq + M * L, D): the query sees itself, each block the query and itself."""
+        queries, count = of_query.shape[1], of_blocks.shape[1]
+        query, blocks = layer.by_heads(of_query), layer.by_heads(of_blocks)
+        keys = torch.cat([query.unsqueeze(2).expand(-1, -1, count, -1, -1, -1), blocks], -2)
+        seen = layer.attended(q[:, queries:].unflatten(1, (count, -1)), keys, b_hidden)
+        return torch.cat([layer.attended(q[:, :queries], query, q_hidden), seen.flatten(1, 2)], 1)
+
+    def _first_read(self, b_valid: Tensor) -> int:
+        """The first position of blocks (B, M, Lb) whose last state is read: that of the picture, where each document has one."""
+        first = b_valid.shape[2] - 1 - self.place.shape[0]
+        return first if bool(b_valid[..., first:-1].any(-1).all()) else 0
+
+    def _read(self, x: Tensor, y: Tensor, q_valid: Tensor, b_valid: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """What Encoded holds of the last states of queries and blocks."""
         z0, zi = self._span(x, q_valid)[:, None].expand(-1, y.shape[1], -1), self._span(y[:, :, :-1], b_valid[:, :, :-1])
         learned = self.linear(features) + self.prior(features)
         levels = learned[..., 1:] + self.level(torch.cat([z0, zi, z0 * zi, (z0 - zi).abs()], -1))
-        return Encoded(
-            query=of_query,
-            blocks=of_blocks,
-            q_valid=q_valid,
-            b_valid=b_valid,
-            index=y[:, :, -1],
-            prior=learned[..., 0],
-            levels=levels,
-        )
+        return {"index": y[:, :, -1], "prior": learned[..., 0], "levels": levels}
 
     def _span(self, states: Tensor, valid: Tensor) -> Tensor:
         """Mean over the picture's positions, over the text's where there is no picture."""
-        places = self.place.shape[0]
-        image, text = valid.clone(), valid.clone()
-        image[..., :-places] = False
-        text[..., -places:] = False
-        return pooled(states, torch.where(image.any(-1, keepdim=True), image, text))
+        text, image = valid.split([valid.shape[-1] - self.place.shape[0], self.place.shape[0]], -1)
+        return pooled(states, torch.cat([text & ~image.any(-1, keepdim=True), image], -1))
+
+
+def _without(rows: Tensor, queries: int, count: int, first: int) -> Tensor:
+    """(B, Lq + M * Lb, D) without the positions before `first` of each block."""
+    blocks = rows[:, queries:].unflatten(1, (count, -1))[:, :, first:]
+    return torch.cat([rows[:, :queries], blocks.flatten(1, 2)], 1)

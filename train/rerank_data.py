@@ -177,8 +177,7 @@ def tellable(queries: np.ndarray, documents: np.ndarray, known: Known) -> np.nda
 
 
 def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
-    """One fold's CANDIDATES to Lists. `rows`: to pool row, of item_ids and of the query_ids of texts. The family of a text is that of the
-    document that is best for it."""
+    """One fold's CANDIDATES to Lists. `rows`: to pool row, of item_ids and of the query_ids of texts."""
     ids, scores, levels = (table[name].to_pylist() for name in ("item_ids", "scores", "levels"))
     queries = np.array([rows[q] for q in table["query_id"].to_pylist()], np.int64)
     shape = (len(ids), max(map(len, ids), default=0))
@@ -187,10 +186,6 @@ def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
         kept = [j for j, name in enumerate(names) if rows[name] != queries[i]]  # a picture is no answer to itself
         documents[i, : len(kept)] = [rows[names[j]] for j in kept]
         cosine[i, : len(kept)], level[i, : len(kept)] = np.array(values)[kept], np.array(found)[kept]
-    families = known.families[queries]
-    if level.size:
-        best = documents[np.arange(len(queries)), np.where(level < 0, metrics.LEVELS, level).argmin(1)]
-        families = np.where(families < 0, known.families[best], families)
     other = [np.einsum("qd,qnd->qn", vectors[queries], known.indexed[documents]) for vectors in (known.both, known.text)]
     return Lists(
         queries=queries,
@@ -198,9 +193,19 @@ def lists(table: pa.Table, rows: dict[str, int], known: Known) -> Lists:
         cosines=np.stack([cosine, *other]).astype(np.float32),
         levels=level,
         products=np.where(documents >= 0, known.products[documents], -1),
-        families=families,
+        families=_families(queries, documents, level, known),
         told=tellable(queries, documents, known),
     )
+
+
+def _families(queries: np.ndarray, documents: np.ndarray, level: np.ndarray, known: Known) -> np.ndarray:
+    """(Q,): a text has that of the document that is best for it, and one of its own where none is anything to it."""
+    families, relevant = known.families[queries], (level >= 0) & (level < metrics.LEVELS - 1)
+    if not level.size:
+        return families
+    best = documents[np.arange(len(queries)), np.where(relevant, level, metrics.LEVELS).argmin(1)]
+    own = known.families.max() + 1 + np.arange(len(queries))
+    return np.where(families >= 0, families, np.where(relevant.any(1), known.families[best], own))
 
 
 def askable(pool: Pool, source: Lists, kind: Kind) -> np.ndarray:

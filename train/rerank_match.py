@@ -6,12 +6,15 @@ alone (skin tones, flavours), so a place brings its own.
 A place that is missing or dropped out is False in its mask; a picture that is missing is a mask of False.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 TRIGRAMS = 256  # buckets of the hashed byte trigrams
 COLOURS = 3  # the last channels of a place: its mean red, green and blue
+FAR = 100.0  # the square of more than any two colours are apart
 FEATURES = (
     *("cosine", "own_cosine", "query_in_document", "document_in_query", "worst_places", "mean_patch", "same_place"),
     *("palette_of_query", "palette_of_document", "matched_colours", "same_place_colours", "trigrams", "both_pictures"),
@@ -41,6 +44,31 @@ def trigram_profile(tokens: Tensor) -> Tensor:
     return F.normalize(counts, dim=-1)
 
 
+class Pictures(NamedTuple):
+    """What is read of pictures (..., T, C + COLOURS), however they are stacked. No query has a part in that of documents: it is made once.
+
+    patches (..., T, P) of unit length and colours (..., T, COLOURS) are zero where the mask (..., T) is False; weights (..., T) are the
+    shares of the places; mean (..., P) is the direction of all; own (..., D') the reader's vector; tokens (..., T', D or 2 D) what the
+    pictures bring to their positions (train.rerank_blocks)."""
+
+    patches: Tensor
+    colours: Tensor
+    mask: Tensor
+    weights: Tensor
+    mean: Tensor
+    own: Tensor
+    tokens: Tensor
+
+
+class Matched(NamedTuple):
+    """Of each place of a document (B, M, T): whether it is there and the query has any, the number of the query's place that is most like
+    it, and their similarity; the last two mean nothing where the first is False."""
+
+    seen: Tensor
+    where: Tensor
+    best: Tensor
+
+
 class Match(nn.Module):
     """Projected patches, the best match of each, and FEATURES of each pair of query and document."""
 
@@ -66,47 +94,53 @@ class Match(nn.Module):
         """(..., T, C + COLOURS) -> (..., T, P), unit length; zero where the mask is False."""
         return F.normalize(self.project(image[..., :-COLOURS] - self.center), dim=-1) * mask.unsqueeze(-1)
 
-    def _weights(self, patches: Tensor, mask: Tensor) -> Tensor:
+    def weights(self, patches: Tensor, mask: Tensor) -> Tensor:
         """(..., T) shares of the places that are there; they sum to 1."""
         return (self.salience(patches * patches.shape[-1] ** 0.5).squeeze(-1)).masked_fill(~mask, -1e4).softmax(-1)
 
-    def forward(
-        self,
-        q: tuple[Tensor, Tensor, Tensor],
-        d: tuple[Tensor, Tensor, Tensor],
-        cosine_BM: Tensor,
-        own_BM: Tensor,
-        trigrams_BM: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Of queries and documents patches, colours and masks, (B, ...) and (B, M, ...): features (B, M, F), and of each document
-        patch what its best match is: (B, M, T, P + COLOURS + 1), the differences and the similarity."""
-        (q_BTP, q_colours, q_mask_BT), (d_BMTP, d_colours, d_mask_BMT) = q, d
-        sim = torch.einsum("btp,bmsp->bmts", q_BTP, d_BMTP)
-        there = q_mask_BT[:, None, :, None] & d_mask_BMT[:, :, None, :]
-        best_q = sim.masked_fill(~there, -1.0).amax(3)
-        best_d, where = sim.masked_fill(~there, -1.0).max(2)
-        both = (q_mask_BT.any(1)[:, None] & d_mask_BMT.any(2)).float()
-        few = max(q_BTP.shape[1] // 4, 1)
-        worst = best_d.masked_fill(~d_mask_BMT, 1.0).topk(few, dim=2, largest=False).values.mean(2)
-        shared = q_mask_BT[:, None] & d_mask_BMT
-        same = _mean(torch.diagonal(sim, dim1=2, dim2=3), shared)
-        mean = F.cosine_similarity(q_BTP.sum(1)[:, None], d_BMTP.sum(2), dim=2)
-        weights_q, weights_d = self._weights(q_BTP, q_mask_BT)[:, None], self._weights(d_BMTP, d_mask_BMT)
-        rows = torch.arange(len(q_BTP), device=q_BTP.device)[:, None, None]
-        shift = (d_colours - q_colours[rows, where]) * there.any(2)[..., None]
-        apart = torch.cdist(q_colours[:, None].expand(-1, d_colours.shape[1], -1, -1), d_colours).masked_fill(~there, 4.0)
-        colours = [
-            (apart.amin(3) * weights_q).sum(2),
-            (apart.amin(2) * weights_d).sum(2),
-            (shift.norm(dim=3) * weights_d).sum(2),
-            _mean((q_colours[:, None] - d_colours).norm(dim=3), shared),
+    def forward(self, q: Pictures, d: Pictures, cosine_BM: Tensor, own_BM: Tensor, trigrams_BM: Tensor) -> tuple[Tensor, Matched]:
+        """Of queries (B, ...) and documents (B, M, ...): features (B, M, F), and the best match of each place of a document."""
+        q_pictured = q.mask.any(1)[:, None]
+        both, seen, shared = (q_pictured & d.mask.any(2)).float(), q_pictured.unsqueeze(2) & d.mask, q.mask[:, None] & d.mask
+        hidden = (~q.mask).to(q.patches.dtype)[:, :, None] + (~d.mask).to(q.patches.dtype).flatten(1)[:, None]
+        sim = _products(q.patches, d.patches, -2 * hidden)  # where a place is hidden, less than any similarity
+        best_q, best_d = sim.amax(3), sim.amax(1)
+        where = _first_best(sim, best_d)
+        few = max(q.mask.shape[1] // 4, 1)
+        worst = best_d.masked_fill(~d.mask, 1.0).topk(few, dim=2, largest=False, sorted=False).values.mean(2)
+        rows = torch.arange(len(where), device=where.device)[:, None, None]
+        shift = (d.colours - q.colours[rows, where]).norm(dim=3)
+        q_least, d_least = _apart(q.colours, d.colours, hidden)
+        q_weights = q.weights.unsqueeze(2)
+        pictured = [
+            *(own_BM, (best_q * q_weights).sum(1), (best_d * d.weights).sum(2), worst, (q.mean[:, None] * d.mean).sum(2)),
+            _mean(torch.diagonal(sim, dim1=1, dim2=3), shared),
+            *((q_least * q_weights).sum(1), (d_least * d.weights).sum(2), (shift * seen * d.weights).sum(2)),
+            _mean((q.colours[:, None] - d.colours).norm(dim=3), shared),
         ]
-        pictured = torch.stack([(best_q * weights_q).sum(2), (best_d * weights_d).sum(2), worst, mean, same, *colours], 2)
-        pictured = torch.cat([own_BM.unsqueeze(2), pictured], 2) * both.unsqueeze(2)
-        rest = torch.stack([trigrams_BM, both, cosine_BM * (1 - both)], 2)
-        features = torch.cat([cosine_BM.unsqueeze(2), pictured, rest], 2)
-        seen = (both[..., None] * d_mask_BMT)[..., None]
-        return features, torch.cat([(d_BMTP - q_BTP[rows, where]) * seen, shift * seen, best_d[..., None] * seen], 3)
+        features = [cosine_BM, *(value * both for value in pictured), trigrams_BM, both, cosine_BM * (1 - both)]
+        return torch.stack(features, 2), Matched(seen, where, best_d)
+
+
+def _products(q: Tensor, d: Tensor, added: Tensor, alpha: float = 1.0) -> Tensor:
+    """(B, T, M, S): alpha times the products of places (B, T, P) and (B, M, S, P), on top of what is added, (B, T, M * S)."""
+    return torch.baddbmm(added, q, d.flatten(1, 2).transpose(1, 2), alpha=alpha).unflatten(2, d.shape[1:3])
+
+
+def _first_best(sim: Tensor, best: Tensor) -> Tensor:
+    """(B, M, S): sim.argmax(1), which finds the first of several alike, of (B, T, M, S) and its best (B, M, S); a reduction of numbers
+    alone takes a fraction of its time."""
+    last = sim.shape[1] - 1
+    numbers = torch.arange(last + 1, dtype=sim.dtype, device=sim.device)[:, None, None]
+    return torch.where(sim < best.unsqueeze(1), last, numbers).amin(1).long()
+
+
+def _apart(q: Tensor, d: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each colour (B, T, COLOURS) and (B, M, S, COLOURS) the least distance to one of the other side, (B, T, M) and (B, M, S); hidden
+    (B, T, M * S) is 0 where both are there. Roots are taken last."""
+    squares = q.square().sum(2)[:, :, None] + d.square().sum(3).flatten(1)[:, None]
+    apart = _products(q, d, squares + FAR * hidden, alpha=-2)
+    return apart.amin(3).clamp_min(0).sqrt(), apart.amin(1).clamp_min(0).sqrt()
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -28,19 +28,17 @@ class ListwiseReranker(Blocks):
         """Local scores (B, K, m) and scores of NULL (B, K) of K comparisons; picks (B, K, m) number documents, those
         where there (B, K, m) is False are not seen and score -1e4."""
         b, k = picks.shape[:2]
-        rows = torch.arange(b, device=picks.device)[:, None, None]
-        own = torch.ones(b * k, 1, dtype=torch.bool, device=picks.device)
-        q_seen = encoded.q_valid.repeat_interleave(k, 0)
-        b_seen = (encoded.b_valid[rows, picks] & there.unsqueeze(-1)).flatten(2).flatten(0, 1)
-        mask = torch.cat([q_seen, b_seen, own], 1).unsqueeze(1)
+        count = encoded.index.shape[1]
+        numbers = picks + count * torch.arange(b, device=picks.device)[:, None, None]
+        b_seen = (_picked(encoded.b_valid, numbers) & there.unsqueeze(-1)).flatten(2)
+        q_seen = encoded.q_valid.unsqueeze(1).expand(-1, k, -1)
+        mask = torch.cat([q_seen, b_seen, torch.ones_like(q_seen[..., :1])], 2).flatten(0, 1).unsqueeze(1)
         x = self.role[3].expand(b * k, 1, -1)
         for layer, of_query, of_blocks in zip(self._layers(), encoded.query, encoded.blocks, strict=True):
-            parts = [
-                torch.cat([q.repeat_interleave(k, 0), blocks[rows, picks].flatten(2, 3).flatten(0, 1), o], 1)
-                for q, blocks, o in zip(of_query, of_blocks, layer.keys(x), strict=True)
-            ]
-            x = layer(x, parts[0], parts[1], mask)
-        return self._answer(self.norm(x).unflatten(0, (b, k)).squeeze(2), encoded.index[rows, picks], encoded.prior[rows, picks], there)
+            of_picks = _picked(of_blocks, numbers).flatten(2, 3).flatten(0, 1)
+            x = layer(x, torch.cat([of_query.repeat_interleave(k, 0), of_picks, layer.keys(x)], 1), mask)
+        answer = self.norm(x).unflatten(0, (b, k)).squeeze(2)
+        return self._answer(answer, _picked(encoded.index, numbers), _picked(encoded.prior, numbers), there)
 
     def _answer(self, answer: Tensor, index: Tensor, prior: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """The pointer: the answer position's (B, K, D) product with each index token (B, K, m, D), and with that of NULL."""
@@ -63,12 +61,12 @@ class ListwiseReranker(Blocks):
         mask = full_mask(q_valid, b_valid)
         whole = torch.cat([x, blocks.flatten(1, 2), self.role[3].expand(len(x), 1, -1)], 1)
         for layer in self._layers():
-            whole = layer(whole, *layer.keys(whole), mask)
+            whole = layer(whole, layer.keys(whole), mask)
         x, y, answer = self.norm(whole).split([x.shape[1], count * length, 1], 1)
-        read = self._read([], [], q_valid, b_valid, x, y.unflatten(1, (count, length)), features)
+        read = self._read(x, y.unflatten(1, (count, length)), q_valid, b_valid, features)
         there = torch.ones_like(batch.level, dtype=torch.bool).unsqueeze(1)
-        s, null = self._answer(answer, read.index[:, None], read.prior[:, None], there)
-        return s.squeeze(1), null.squeeze(1), read.levels
+        s, null = self._answer(answer, read["index"][:, None], read["prior"][:, None], there)
+        return s.squeeze(1), null.squeeze(1), read["levels"]
 
 
 class PointwiseReranker(Blocks):
@@ -84,6 +82,11 @@ class PointwiseReranker(Blocks):
 
     def answers(self, encoded: Encoded) -> Tensor:
         return encoded.levels[..., 0] - encoded.levels[..., 1]
+
+
+def _picked(values: Tensor, numbers: Tensor) -> Tensor:
+    """Of documents (B, M, ...) those that are numbered (B, K, m) through all B queries: (B, K, m, ...)."""
+    return values.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
 
 
 Model = ListwiseReranker | PointwiseReranker

@@ -94,6 +94,7 @@ class RowReranker(nn.Module):
     def request(self, batch: Batch) -> QwenBatch:
         """On the device of the model; hidden places are zero."""
         backbone, views, there = self.model.backbone, self.model.layout.document.views, batch.level >= 0
+        assert isinstance(batch.d_image, Tensor), "numbers of the pool's pictures, which no reader of the compact backbone prepares"
         mask = torch.cat([batch.q_mask[:, None], batch.d_mask], 1)
         shown = mask.any(2)
         rows = torch.cat([batch.q_image[:, None], batch.d_image], 1)[shown][:, 0, 0].long().numpy()

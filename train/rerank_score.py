@@ -16,20 +16,17 @@ SLICE = 128  # documents encoded at a time, which bounds memory for long lists
 
 def _encode(model: Model, batch: Batch, until: float) -> Encoded:
     """`model.encode` in slices of the documents; blocks do not see one another, so nothing changes."""
-    parts = []
+    parts, width = [], batch.cosine.shape[1]
     step = max(1, SLICE // len(batch.cosine))
-    for start in range(0, batch.cosine.shape[1], step):
+    for start in range(0, width, step):
         in_time(until)
-        names = ("d_image", "d_mask", "d_text", "cosine", "level")
-        parts.append(model.encode(dataclasses.replace(batch, **{n: getattr(batch, n)[:, start : start + step] for n in names})))
+        parts.append(model.encode(batch.part(start, start + step) if step < width else batch))
     in_time(until)
     if len(parts) == 1:
         return parts[0]
     return dataclasses.replace(
         parts[0],
-        blocks=[
-            (torch.cat([p.blocks[i][0] for p in parts], 1), torch.cat([p.blocks[i][1] for p in parts], 1)) for i in range(len(model.layers))
-        ],
+        blocks=[torch.cat(blocks, 1) for blocks in zip(*(p.blocks for p in parts), strict=True)],
         **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("b_valid", "index", "prior", "levels")},
     )
 
@@ -40,20 +37,23 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
     `chunk`, and one comparison of the `chunk` best by r. All comparisons of all queries are one batch. TimeoutError where
     time.perf_counter passes `until`."""
     encoded = _encode(model, batch, until)
-    counts = (batch.level >= 0).sum(1)
+    counts = (batch.level >= 0).sum(1).tolist()
     if isinstance(model, PointwiseReranker):
         logits = model.answers(encoded).double().numpy()
-        return [apart(logit[:n], chunk) for logit, n in zip(logits, counts.tolist(), strict=True)]
+        return [apart(logit[:n], chunk) for logit, n in zip(logits, counts, strict=True)]
     queries, width = batch.level.shape
-    levels, prior = encoded.levels.double(), encoded.prior.double().numpy()
-    logits = (levels[..., 0] - levels[..., 1:].logsumexp(-1)).numpy()
-    best = [np.sort(np.argsort(-logit[:n], kind="stable")[:chunk]) for logit, n in zip(logits, counts.tolist(), strict=True)]
-    last = torch.from_numpy(np.stack([np.pad(row, (0, chunk - len(row)), constant_values=width) for row in best]))[:, None]
-    picks = torch.arange(-(-width // chunk) * chunk).reshape(1, -1, chunk).expand(queries, -1, -1)
-    every = torch.cat([picks, last], 1)
-    every_s, every_null = model.compare(encoded, every.clamp_max(width - 1), every < counts[:, None, None])
-    s, null, final = every_s[:, :-1], every_null[:, :-1], every_s[:, -1:]
-    local, nulls = s.flatten(1).double().numpy(), null.repeat_interleave(chunk, 1).double().numpy()
+    levels, prior = encoded.levels.double().numpy(), encoded.prior.double().numpy()
+    with np.errstate(invalid="ignore"):  # the caller looks for what is no number
+        logits = levels[..., 0] - np.logaddexp.reduce(levels[..., 1:], axis=-1)
+    best = [np.sort(np.argsort(-logit[:n], kind="stable")[:chunk]) for logit, n in zip(logits, counts, strict=True)]
+    every = np.full((queries, -(-width // chunk) + 1, chunk), width)
+    every[:, :-1] = np.arange((every.shape[1] - 1) * chunk).reshape(-1, chunk)
+    for row, found in zip(every, best, strict=True):
+        row[-1, : len(found)] = found
+    there = torch.from_numpy(every < np.array(counts)[:, None, None])
+    every_s, every_null = model.compare(encoded, torch.from_numpy(every.clip(max=width - 1)), there)
+    s, nulls = every_s.double().numpy(), every_null.double().numpy().repeat(chunk, 1)
+    local = s.reshape(queries, -1)
     return [
         Scored(
             chunk=chunk,
@@ -62,7 +62,7 @@ def score(model: Model, batch: Batch, *, chunk: int, until: float = math.inf) ->
             logit=logits[b, :n],
             prior=prior[b, :n],
             finalists=best[b],
-            final=final[b, 0, : len(best[b])].double().numpy(),
+            final=s[b, -1, : len(best[b])],
         )
-        for b, n in enumerate(counts.tolist())
+        for b, n in enumerate(counts)
     ]

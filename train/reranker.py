@@ -7,9 +7,12 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -18,6 +21,7 @@ from idem.types import Document, Query, Ranking
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
 from train.rerank_data import KINDS, Kind, Pool, Reader, assemble, kind_of, padded, picture_tokens, text_tokens
+from train.rerank_match import Pictures
 from train.rerank_merge import Scored, arrange
 from train.rerank_model import MODELS, Model
 from train.rerank_score import score
@@ -29,11 +33,12 @@ CACHE_BYTES = 256 << 20
 
 
 class TokenCache:
-    """The least recently used go first when `most` bytes are full. A changed picture under the same item_id is another entry."""
+    """What was made of pictures. The least recently used go first when `most` bytes are full. A changed picture under the same item_id
+    is another entry."""
 
     def __init__(self, most: int) -> None:
         self.most, self.bytes = most, 0
-        self._entries: OrderedDict[tuple[str, int, int], np.ndarray | None] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, int, int], Pictures | None] = OrderedDict()
         self._lock = threading.Lock()
 
     @staticmethod
@@ -41,15 +46,15 @@ class TokenCache:
         data = document.image or b""
         return document.item_id, len(data), zlib.crc32(data)
 
-    def get(self, key: tuple[str, int, int]) -> tuple[bool, np.ndarray | None]:
-        """Whether it is known, and its tokens (T, C), which are None for a picture that does not decode."""
+    def get(self, key: tuple[str, int, int]) -> tuple[bool, Pictures | None]:
+        """Whether it is known, and what was made of it, which is None for a picture that does not decode."""
         with self._lock:
             if key not in self._entries:
                 return False, None
             self._entries.move_to_end(key)
             return True, self._entries[key]
 
-    def put(self, key: tuple[str, int, int], tokens: np.ndarray | None) -> None:
+    def put(self, key: tuple[str, int, int], tokens: Pictures | None) -> None:
         with self._lock:
             old = self._entries.pop(key, None)
             self._entries[key] = tokens
@@ -61,8 +66,10 @@ class TokenCache:
         return len(self._entries)
 
 
-def _size(tokens: np.ndarray | None) -> int:
-    return tokens.nbytes if tokens is not None else 0
+def _size(tokens: Any) -> int:
+    if tokens is None:
+        return 0
+    return sum(part.nbytes for part in tokens) if isinstance(tokens, Pictures) else tokens.nbytes
 
 
 def _first_alike(documents: Sequence[Document], order: Sequence[int]) -> list[int]:
@@ -187,13 +194,17 @@ class Reranker:
         self.faults += sum(bool(query.image) and not there for query, there in zip(queries, pictured, strict=True))
         kinds: list[Kind] = [kind_of(query) if there else "text" for query, there in zip(queries, pictured, strict=True)]
         every = [document for each in documents for document in each]
-        d_places, d_pictured = self._pictures(every, until)
+        d_pictures, d_pictured = self._pictures(every, until)
         tokens = text_tokens(self.reader, [*(query.text for query in queries), *(d.text for d in every)], self.model.shape.text_length)
-        pool = Pool(places=np.concatenate([places, d_places]), pictured=np.concatenate([pictured, d_pictured]), texts=tokens.numpy())
+        none = np.zeros((len(tokens), places.shape[1], 0), np.float16)  # their places are put in below
+        pool = Pool(places=none, pictured=np.concatenate([pictured, d_pictured]), texts=tokens.numpy())
         ends = np.cumsum([len(each) for each in documents])[:-1]
         rows = padded(np.split(np.arange(len(queries), len(queries) + len(every)), ends))
         cosines = padded(np.split(self._cosines(every), ends), 0)
         batch = assemble(pool, np.arange(len(queries)), kinds, rows, cosines, np.where(rows >= 0, 3, -1))
+        numbers = torch.from_numpy(np.where(rows >= 0, rows - len(queries), len(every)))
+        d_image = Pictures(*(part[numbers] for part in d_pictures))
+        batch = replace(batch, q_image=torch.from_numpy(places.astype(np.float32)), d_image=d_image)
         return batch, kinds, (batch.q_mask.any(1) | batch.q_text.any(1)).tolist()
 
     def _cosines(self, documents: Sequence[Document]) -> np.ndarray:
@@ -202,18 +213,29 @@ class Reranker:
         self.faults += int((~finite).sum())
         return np.array([d.score if ok else -1.0 for d, ok in zip(documents, finite, strict=True)], np.float32).clip(-1, 1)
 
-    def _pictures(self, documents: Sequence[Document], until: float) -> tuple[np.ndarray, np.ndarray]:
-        """(N, T, C) tokens and (N,) whether there is a picture, from the cache where they are known."""
+    def _pictures(self, documents: Sequence[Document], until: float) -> tuple[Pictures, np.ndarray]:
+        """Of N documents and of one without a picture, (N + 1, ...), from the cache where they are known; and (N,) whether there is one."""
         keys = [TokenCache.key(d) for d in documents]
-        tokens = {key: known[1] for key in dict.fromkeys(keys) if (known := self.cache.get(key))[0]}
-        new = {key: d.image for key, d in zip(keys, documents, strict=True) if key not in tokens}
+        found = {key: known[1] for key in dict.fromkeys(keys) if (known := self.cache.get(key))[0]}
+        new = {key: d.image for key, d in zip(keys, documents, strict=True) if key not in found}
         if new:
             places, pictured = picture_tokens(self.reader, list(new.values()), views=self.model.shape.views, until=until)
-            for key, place, there in zip(new, places, pictured, strict=True):
-                tokens[key] = place.copy() if there else None
-                self.cache.put(key, tokens[key])
-        pictured = np.array([tokens[key] is not None for key in keys])
+            made = self._made(places)
+            for row, (key, there) in enumerate(zip(new, pictured, strict=True)):
+                found[key] = Pictures(*(part[row].clone() for part in made)) if there else None  # a part of a block would keep all of it
+                self.cache.put(key, found[key])
+        pictured = np.array([found[key] is not None for key in keys])
         self.faults += sum(bool(d.image) and not there for d, there in zip(documents, pictured, strict=True))
-        shape = self.model.shape
-        blank = np.zeros((shape.tokens, shape.channels), np.float16)
-        return np.stack([blank if (t := tokens[key]) is None else t for key in keys]), pictured
+        each = [self._none if (known := found[key]) is None else known for key in keys]
+        return Pictures(*(torch.stack(parts) for parts in zip(*each, self._none, strict=True))), pictured
+
+    @torch.inference_mode()
+    def _made(self, places: np.ndarray, *, there: bool = True) -> Pictures:
+        """What the model reads of documents' pictures (..., T, C)."""
+        image = torch.from_numpy(places.astype(np.float32))
+        return self.model.documents(image, torch.full(image.shape[:-1], there))
+
+    @cached_property
+    def _none(self) -> Pictures:
+        """Of a document without a picture."""
+        return self._made(np.zeros((self.model.shape.tokens, self.model.shape.channels)), there=False)

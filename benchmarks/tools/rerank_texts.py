@@ -43,21 +43,29 @@ def opened(path: str, reader: str) -> Root:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """What is judged: the products of a gallery, the text queries (Q,) of fold `test`, and the level of every product for each (Q, G)."""
+    """What is judged: the products of a gallery, the text queries (Q,) of fold `test`, and the level of every product for each (Q, G).
+    families (Q,): that of the product which is best for a query, the first of several."""
 
     products: Sequence[str]
     titles: Sequence[str]
     texts: Sequence[str]
     levels: np.ndarray
+    families: np.ndarray
 
     @classmethod
     def of(cls, root: Root, data: Path) -> "Gallery":
-        rows = root.items.table(["product_id", "title", "id_split"], GALLERY).to_pylist()
-        title_of = {row["product_id"]: row["title"] for row in rows if row["id_split"] != "train"}
+        rows = root.items.table(["product_id", "family_id", "title", "id_split"], GALLERY).to_pylist()
+        told = {row["product_id"]: row for row in rows if row["id_split"] != "train"}
         asked = root.table.filter(pc.equal(root.table["fold"], TEST)).select(["query_id", "text"]).to_pylist()
-        judged, products = read_qrels(str(data / "emoji/qrels.parquet")), sorted(title_of)
+        judged, products = read_qrels(str(data / "emoji/qrels.parquet")), sorted(told)
         levels = np.array([[judged[row["query_id"]].get(p, IRRELEVANT) for p in products] for row in asked])
-        return cls(products=products, titles=[title_of[p] for p in products], texts=[row["text"] for row in asked], levels=levels)
+        return cls(
+            products=products,
+            titles=[told[p]["title"] for p in products],
+            texts=[row["text"] for row in asked],
+            levels=levels,
+            families=np.array([told[p]["family_id"] for p in products])[levels.argmin(1)],
+        )
 
     def ndcg(self, query: int, ranked: np.ndarray) -> float:
         """ranked: levels of an answer, best first; what it lacks counts as missed."""

@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from idem import folds, manifest, storage
-from index import candidates, text_queries
+from index import candidates, run, text_queries
 from index.candidate_lists import IRRELEVANT
 from index.candidates import CandidatesConfig
 from index.text_queries import TextQueries
@@ -90,7 +90,28 @@ def test_texts_are_asked_beside_pictures_and_judged_by_their_grades(indexed, fil
         assert row["scores"] == sorted(row["scores"], reverse=True)
     for fold in ("rerank", "calibrate", "test"):
         assert figures[fold]["texts"] == sum(row["fold"] == fold for row in texts)
+        assert figures[fold]["texts_left_out"] == 0
         assert figures[fold]["queries"] == plain[fold]["queries"]
+
+
+def test_a_text_for_which_the_gallery_has_nothing_is_left_out_and_counted(indexed, files):
+    run.run(run.IndexConfig(root=indexed, fields="image", gallery="role = 'catalog' AND category != 'c1'"))
+    figures = candidates.run(CandidatesConfig(root=indexed, test="id_split = 'dev_unseen'", **files))
+    layout = storage.Layout(indexed)
+    made = pq.read_table(f"{manifest.current(layout.candidates, kind='candidates')}/{candidates.NAME}").to_pylist()
+    items = open_items(layout.items).table(["product_id", "family_id", "category", "id_split"]).to_pylist()
+    fractions = Embedder.load(manifest.current(layout.embedder, kind="embedder")).fractions
+    asked = {row["query_id"] for row in made if row["text"] is not None}
+    left_out = 0
+    for product in {row["product_id"]: row for row in items}.values():
+        of = [row for row in items if row["family_id"] == product["family_id"]]
+        held = any(row["id_split"] != "train" for row in of)
+        fold = "test" if held else folds.fold(product["family_id"], fractions)
+        may = [row for row in of if row["category"] != "c1" and (row["id_split"] != "train") == held]
+        answered = bool(may) and fold in figures
+        assert (f"say {product['product_id']}" in asked) == answered
+        left_out += fold in figures and not may
+    assert 0 < left_out == sum(figures[fold]["texts_left_out"] for fold in ("rerank", "calibrate", "test"))
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,21 @@ def test_lists_are_read_from_candidates() -> None:
     assert served(made, 0, "image", 20).tolist() == [0, 1]
 
 
+def test_texts_for_which_nothing_was_found_have_a_family_each() -> None:
+    columns = {
+        "query_id": ["q", "r", "s"],
+        "fold": ["rerank"] * 3,
+        "item_ids": [["a", "b"]] * 3,
+        "scores": [[0.9, 0.8]] * 3,
+        "levels": [[3, 3], [3, 3], [3, 2]],
+        "text": ["hot", "cold", "tea"],
+    }
+    told = known(["cup", "tea", "hot", "cold", "tea"], [0, 1, -1, -1, -1])
+    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "q": 2, "r": 3, "s": 4}, told)
+    assert made.families[2] == 1
+    assert len({0, 1, *made.families.tolist()}) == 4
+
+
 def test_a_text_that_is_no_item_is_asked_as_one_and_has_the_family_of_its_best_document() -> None:
     columns = {
         "query_id": ["a", "q"],

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from train.rerank_blocks import Batch, Shape
+from train.rerank_blocks import Batch, Blocks, Shape
+from train.rerank_match import COLOURS
 from train.rerank_model import MODELS, Kind, ListwiseReranker, PointwiseReranker
 
 SHAPE = Shape(tokens=36, channels=24, vocabulary=260, width=32, layers=2, heads=4, match=16, text_length=16)
@@ -55,6 +58,81 @@ def test_blocks_and_full_mask_agree(model: ListwiseReranker) -> None:
         difference = float((one - other).abs().max())
         assert difference < 2e-4, difference
         assert torch.isfinite(one).all()
+
+
+def all_pictured(b: Batch) -> Batch:
+    return dataclasses.replace(b, d_mask=b.d_mask | torch.eye(36, dtype=torch.bool)[0])
+
+
+@torch.inference_mode()
+def test_blocks_and_full_mask_agree_where_texts_are_not_read_last(model: ListwiseReranker) -> None:
+    b = all_pictured(batch())
+    assert model._first_read(model.sequences(b)[1][1]) > 0
+    for one, other in zip(model(b), model.forward_full(b), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
+def share(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum(-1) / mask.sum(-1).clamp_min(1)
+
+
+def matched_plainly(made: Blocks, b: Batch) -> tuple[Tensor, Tensor]:
+    """The definition: features (B, M, F) without the first, the second and the trigrams, and what documents' places go into `d_in` as,
+    each with its difference from its best match and their similarity: (B, M, T, C)."""
+    assert isinstance(b.d_image, Tensor)
+    q, d = made.match.patches(b.q_image, b.q_mask), made.match.patches(b.d_image, b.d_mask)
+    q_colours, d_colours = (image[..., -COLOURS:] * mask[..., None] for image, mask in ((b.q_image, b.q_mask), (b.d_image, b.d_mask)))
+    there = b.q_mask[:, None, :, None] & b.d_mask[:, :, None]
+    sim = torch.einsum("btp,bmsp->bmts", q, d)
+    best_q, (best_d, where) = sim.masked_fill(~there, -1).amax(3), sim.masked_fill(~there, -1).max(2)
+    apart = (q_colours[:, None, :, None] - d_colours[:, :, None]).norm(dim=-1).masked_fill(~there, 99)
+    both, shared = there.any(3).any(2), b.q_mask[:, None] & b.d_mask
+    seen, rows = there.any(2), torch.arange(len(q))[:, None, None]
+    q_weights, d_weights = made.match.weights(q, b.q_mask)[:, None], made.match.weights(d, b.d_mask)
+    shift = (d_colours - q_colours[rows, where]) * seen[..., None]
+    worst = best_d.masked_fill(~b.d_mask, 1).sort(2).values[..., : q.shape[1] // 4].mean(2)
+    features = [
+        *((best_q * q_weights).sum(2), (best_d * d_weights).sum(2), worst),
+        *(F.cosine_similarity(q.sum(1)[:, None], d.sum(2), dim=2), share(sim.diagonal(dim1=2, dim2=3), shared)),
+        *((apart.amin(3) * q_weights).sum(2), (apart.amin(2) * d_weights).sum(2), (shift.norm(dim=3) * d_weights).sum(2)),
+        share((q_colours[:, None] - d_colours).norm(dim=3), shared),
+    ]
+    rest = [both.float(), b.cosine * ~both]
+    places = [d, d_colours, (d - q[rows, where]) * seen[..., None], shift, (best_d * seen)[..., None]]
+    return torch.stack([*(value * both for value in features), *rest], 2), torch.cat(places, 3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changed", [{}, {"tokens": 9, "views": 1}, {"tokens": 72, "views": 2}, {"tokens": 7}])
+def test_matches_are_what_their_definition_says(changed: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    made, b = PointwiseReranker(SHAPE.model_copy(update=changed)).double(), batch()
+    assert isinstance(b.d_image, Tensor)
+    b = dataclasses.replace(b, q_image=b.q_image.double(), d_image=b.d_image.double())
+    torch.nn.init.normal_(made.match.salience.weight)
+    number = torch.arange(made.shape.tokens) % 36
+    b = dataclasses.replace(b, q_image=b.q_image[:, number], q_mask=b.q_mask[:, number], d_image=b.d_image[:, :, number])
+    b = dataclasses.replace(b, d_mask=b.d_mask[:, :, number])
+    features, places = matched_plainly(made, b)
+    found = made.sequences(b)[2]
+    torch.testing.assert_close(torch.cat([found[..., 2:11], found[..., 12:]], 2), features, atol=1e-6, rtol=0)
+    inputs = made.d_in(made._merged(places)) + made.place + made.role[1]
+    blocks = made.sequences(b)[1][0][:, :, -1 - len(made.place) : -1]
+    torch.testing.assert_close(blocks, inputs, atol=1e-9, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", MODELS)
+def test_documents_made_before_a_request_are_those_made_in_it(kind: Kind) -> None:
+    torch.manual_seed(0)
+    made, b = MODELS[kind](SHAPE.model_copy(update={"pooled": 8, "own": 6})).eval(), batch()
+    for p in made.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    early = dataclasses.replace(b, d_image=made.documents(b.d_image, b.d_mask))
+    for begin, end in ((0, 7), (2, 5)):
+        one, other = made.encode(b.part(begin, end)), made.encode(early.part(begin, end))
+        torch.testing.assert_close(one.levels, other.levels, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.prior, other.prior, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
