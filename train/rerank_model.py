@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from train.rerank_blocks import Batch, Blocks, Encoded, Shape, full_mask
+from train.rerank_blocks import Batch, Blocks, Encoded, Shape
+from train.rerank_layers import full_mask
 
 LEVELS = 4
 ANSWERS = 2  # yes and no

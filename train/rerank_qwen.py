@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.backbones.qwen3vl import Qwen3VL
-from train.rerank_blocks import pooled
+from train.rerank_layers import pooled
 from train.rerank_merge import Scored, apart
 from train.rerank_model import LEVELS
 from train.rerank_qwen_blocks import Keys, QwenBlocks, causal, even, last, parts, precise
