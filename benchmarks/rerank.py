@@ -149,12 +149,7 @@ class Seed:
     def of(cls, trained: dict[Kind, Trained]) -> "Seed":
         test: dict[Kind, Answers] = {kind: Answers.of(each) for kind, each in trained.items()}
         calibrate: dict[Kind, Answers] = {kind: Answers.of(each, CHOSEN_ON) for kind, each in trained.items()}
-
-        def worth(choice: Choice) -> float:
-            judged = calibrate["listwise"].judged(choice)
-            return float(judged["I-HR@1"].mean() + judged["nDCG@10"].mean())
-
-        choice = max(ORDERS.values(), key=worth)
+        choice = choose(calibrate["listwise"])
         flipped = rerank_trials.flips(trained["listwise"], choice)
         return cls(test=test, calibrate=calibrate, choice=choice, flipped=flipped, figures={k: t.figures for k, t in trained.items()})
 
@@ -175,6 +170,17 @@ class Seed:
         calibration = self.calibration(kind)
         at = self.calibrate[kind].calibrated(calibration).threshold()
         return self.test[kind].calibrated(calibration).instances(at)
+
+
+def choose(answers: Answers) -> Choice:
+    """The best of ORDERS, or where it cannot be told from the best one with a last comparison: as train.rerank_select chooses."""
+    worth = {}
+    for choice in ORDERS.values():
+        judged = answers.judged(choice)
+        worth[choice] = (judged["I-HR@1"] + judged["nDCG@10"]) / 2
+    best = max(worth.values(), key=lambda each: float(each.mean()))
+    as_good = {c: w for c, w in worth.items() if (best - w).mean() <= rerank_select.clustered_error(best - w, answers.families)}
+    return max(as_good, key=lambda choice: (choice.last, float(as_good[choice].mean())))
 
 
 def compared(name: str, seeds: Sequence[Seed]) -> tuple[list[Figure], dict[str, Any]]:
