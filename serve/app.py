@@ -8,11 +8,15 @@ autoscaling, its own bound on requests in work and in wait, and its own health c
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import ray.serve
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,12 +27,15 @@ from ray.serve.handle import DeploymentHandle
 from idem import manifest
 from idem.types import Document, Hit, Query, Ranking
 from index.release import Release
-from index.searcher import Shard
+from index.searcher import Searcher, Shard
 from pipelines.items import open_items
-from serve import engine
-from serve.api import Picture, create_gateway
+from serve import engine, several
+from serve.access import TENANT
+from serve.api import Picture, Search, create_gateway
+from serve.backend import held, wanted
 from serve.engine import Answer
-from serve.flow import RERANK, Flow, Overloaded, PartError, Unanswerable
+from serve.errors import NotSupported, ReleaseNotServed, TenantUnknown, Unusable
+from serve.flow import RERANK, DeadlineExceeded, Flow, Overloaded, PartError, Unanswerable
 from serve.intake import Limits
 
 NAME = "idem"
@@ -125,9 +132,16 @@ class ShardSearcher:
 
     def __init__(self, folder: str, number: int) -> None:
         self.shard = Shard.open(folder, number)
+        self.searcher = Searcher([self.shard])  # which keeps the filters that were asked for last
 
-    async def search(self, vector: np.ndarray, k: int) -> list[Hit]:
-        return (await asyncio.to_thread(self.shard.search, vector, k))[0]
+    async def search(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[Hit] | str:
+        """The k best, or what is wrong with the filter."""
+        try:
+            return (await asyncio.to_thread(self.searcher.search, vector, k, where=where))[0]
+        except ValueError as error:
+            if where:
+                return str(error)
+            raise
 
     async def ping(self) -> bool:
         return True
@@ -150,6 +164,11 @@ class Reranker:
     async def rerank(self, query: Query, hits: Sequence[Hit]) -> Ranking:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.worker, engine.rerank, self.reranker, self.items, query, hits, self.mode)
+
+    async def compare(self, query: Query, documents: Sequence[Document]) -> Ranking:
+        """As `rerank`, of documents that come with the request."""
+        judge = partial(self.reranker.rerank, query, documents, mode=self.mode)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, judge)
 
     async def ping(self) -> bool:
         return True
@@ -209,19 +228,68 @@ class Gateway:
             raise Unanswerable(vector)
         return vector[None]
 
-    def _searching(self, name: str) -> Any:
-        return lambda vector, k: call(name, self.parts[name].search, vector, k)
+    def _searching(self, name: str, where: Mapping[str, Any] | None = None) -> Any:
+        async def search(vector: np.ndarray, k: int) -> list[Hit]:
+            found = await call(name, self.parts[name].search, vector, k, *([where] if where else []))
+            if isinstance(found, str):
+                raise Unusable("invalid_filter", found)
+            return found
+
+        return search
 
     async def _rerank(self, query: Query, hits: list[Hit]) -> Ranking:
         return await call(RERANK, self.parts[RERANK].rerank, query, hits)
 
-    async def search(self, query: Query, *, top_k: int, rerank: bool, depth: int) -> Answer:
-        return await self.flow.search(query, top_k=top_k, rerank=rerank, depth=depth)
+    def _require(self, tenant: str, release: str | None = None) -> None:
+        if tenant != TENANT:
+            raise TenantUnknown(tenant)
+        if release is not None and release != self.release:
+            raise ReleaseNotServed(release, self.release)
 
-    async def item(self, item_id: str) -> dict[str, Any] | None:
+    def _flow(self, asked: Search) -> Flow:
+        """The parts, with the filter and the time of one request."""
+        flow = self.flow
+        if asked.where:
+            flow = replace(flow, shards={name: self._searching(name, asked.where) for name in flow.shards})
+        if asked.deadline is not None:
+            if (left := asked.deadline - time.monotonic()) <= 0:
+                raise DeadlineExceeded("the time of the request was over before the search began")
+            flow = replace(flow, timeout_s=min(flow.timeout_s, left))
+        return flow
+
+    async def search(self, asked: Search) -> Answer:
+        self._require(asked.tenant, asked.release)
+        answer = await self._flow(asked).search(asked.query, top_k=wanted(asked), rerank=asked.rerank, depth=asked.depth)
+        return held(answer, asked)
+
+    async def embed(self, tenant: str, queries: Sequence[Query]) -> list[np.ndarray | str]:
+        self._require(tenant)
+        one = partial(call, "embedder", self.parts["embedder"].embed)
+        return await several.embed_each(one, queries, at_once=self.config.max_batch, timeout_s=self.config.timeout_ms / 1e3)
+
+    async def rerank(self, tenant: str, query: Query, documents: Sequence[Document]) -> Ranking:
+        self._require(tenant)
+        if RERANK not in self.parts:
+            raise NotSupported(f"the release {self.release} has no trained reranker")
+        compare = partial(call, RERANK, self.parts[RERANK].compare)
+        embed = partial(self.embed, tenant)
+        return await several.rank(query, documents, embed=embed, compare=compare, timeout_s=self.config.timeout_ms / 1e3)
+
+    async def put(self, tenant: str, rows: pa.Table) -> int:
+        raise NotSupported("this service does not take changes of items")
+
+    async def delete(self, tenant: str, item_ids: Sequence[str]) -> int:
+        raise NotSupported("this service does not take changes of items")
+
+    async def feedback(self, tenant: str, events: pa.Table) -> None:
+        raise NotSupported("this service keeps no feedback")
+
+    async def item(self, tenant: str, item_id: str) -> dict[str, Any] | None:
+        self._require(tenant)
         return await asyncio.to_thread(self._row, item_id, ABOUT_ITEM)
 
-    async def picture(self, item_id: str) -> Picture | None:
+    async def picture(self, tenant: str, item_id: str) -> Picture | None:
+        self._require(tenant)
         row = await asyncio.to_thread(self._row, item_id, ("image", "mime"))
         return Picture(data=row["image"], mime=row["mime"]) if row and row["image"] else None
 
@@ -231,7 +299,7 @@ class Gateway:
         except ValueError:  # how Items says that it is not there
             return None
 
-    async def ready(self) -> dict[str, bool]:
+    async def ready(self, tenant: str) -> dict[str, bool]:
         """Whether each part answers; one that is too busy to is there."""
         return dict(zip(self.parts, await asyncio.gather(*map(self._answers, self.parts)), strict=True))
 

@@ -3,9 +3,10 @@
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -17,13 +18,15 @@ from safetensors.torch import save_file
 
 from idem import images, manifest, schema, storage
 from idem.types import Document, Hit, Query, Ranking
-from index import release, shard
+from index import filters, release, shard
 from index.merge import best_first, merge
 from pipelines.items import open_items
 from pipelines.table import ID_KEY
 from pipelines.table import ITEMS as DATASET
-from serve.api import Picture
-from serve.engine import Answer, Engine
+from serve.api import Picture, Search
+from serve.backend import held, wanted
+from serve.engine import Answer, Engine, embed
+from serve.errors import ReleaseNotServed, Unusable
 from train.backbones.compact import Compact, CompactConfig
 from train.embedder import Embedder
 from train.rerank_blocks import Shape
@@ -183,6 +186,24 @@ def identity_releases(releases, tmp_path_factory) -> str:
     return layout.releases
 
 
+@dataclass
+class Passing:
+    """A searcher that finds only what passes a filter."""
+
+    shop: Shop
+    where: Mapping[str, Any] | None
+
+    def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+        every = self.shop.searcher.search(vectors, len(self.shop.hits))
+        table = pa.table({name: [getattr(hit, name) for hit in self.shop.hits] for name in ("item_id", "product_id", "category")})
+        try:
+            mask = filters.mask(table, self.where or {})
+        except ValueError as error:
+            raise Unusable("invalid_filter", str(error)) from error
+        passed = {hit.item_id for hit, holds in zip(self.shop.hits, mask, strict=True) if holds}
+        return [[hit for hit in hits if hit.item_id in passed][:k] for hits in every]
+
+
 class ShopBackend:
     """What the gateway talks to, over the shop in this process; `fault` is raised by the next searches."""
 
@@ -191,22 +212,62 @@ class ShopBackend:
     def __init__(self, shop: Shop) -> None:
         self.shop, self.fault, self.up = shop, None, {"embedder": True, "shard-0": True}
         self.asked: list[tuple[Query, dict]] = []
+        self.searches: list[Search] = []
+        self.tenants: list[str] = []
+        self.changes: list[pa.Table | list[str]] = []
+        self.events: list[pa.Table] = []
 
-    async def search(self, query: Query, *, top_k: int, rerank: bool, depth: int) -> Answer:
-        self.asked.append((query, {"top_k": top_k, "rerank": rerank, "depth": depth}))
+    async def search(self, asked: Search) -> Answer:
+        self.asked.append((asked.query, {"top_k": asked.top_k, "rerank": asked.rerank, "depth": asked.depth}))
+        self.searches.append(asked)
+        self.tenants.append(asked.tenant)
         if self.fault:
             raise self.fault
-        made = Engine(encoder=self.shop.encoder, searcher=self.shop.searcher, pictures=self.shop, reranker=self.shop.reranker, depth=depth)
-        return made.search([query], top_k=top_k, rerank="listwise" if rerank else "none")[0]
+        if asked.release not in (None, self.release):
+            raise ReleaseNotServed(asked.release, self.release)
+        searcher = Passing(self.shop, asked.where)
+        made = Engine(encoder=self.shop.encoder, searcher=searcher, pictures=self.shop, reranker=self.shop.reranker, depth=asked.depth)
+        return held(made.search([asked.query], top_k=wanted(asked), rerank="listwise" if asked.rerank else "none")[0], asked)
 
-    async def item(self, item_id: str) -> dict | None:
+    async def embed(self, tenant: str, queries: Sequence[Query]) -> list[np.ndarray | str]:
+        self.tenants.append(tenant)
+        if self.fault:
+            raise self.fault
+        return ["nothing can be made of it" if query.text == "odd" else embed(self.shop.encoder, [query])[0] for query in queries]
+
+    async def rerank(self, tenant: str, query: Query, documents: Sequence[Document]) -> Ranking:
+        self.tenants.append(tenant)
+        if self.fault:
+            raise self.fault
+        asked, *others = embed(self.shop.encoder, [query, *(Query(image=d.image, text=d.text) for d in documents)])
+        relevance = tuple(max(0.0, float(asked @ other)) for other in others)
+        order = tuple(sorted(range(len(documents)), key=lambda i: -relevance[i]))
+        return Ranking(order=order, relevance=relevance, null=(0.0,) * len(documents))
+
+    async def put(self, tenant: str, rows: pa.Table) -> int:
+        self.tenants.append(tenant)
+        self.changes.append(rows)
+        return len(self.changes)
+
+    async def delete(self, tenant: str, item_ids: Sequence[str]) -> int:
+        self.tenants.append(tenant)
+        self.changes.append(list(item_ids))
+        return len(self.changes)
+
+    async def feedback(self, tenant: str, events: pa.Table) -> None:
+        self.tenants.append(tenant)
+        self.events.append(events)
+
+    async def item(self, tenant: str, item_id: str) -> dict | None:
+        self.tenants.append(tenant)
         return {"item_id": item_id, "title": "a thing"} if item_id in self.shop.pictures else None
 
-    async def picture(self, item_id: str) -> Picture | None:
+    async def picture(self, tenant: str, item_id: str) -> Picture | None:
+        self.tenants.append(tenant)
         data = self.shop.pictures.get(item_id)
         return Picture(data=data, mime="image/png") if data else None
 
-    async def ready(self) -> dict[str, bool]:
+    async def ready(self, tenant: str) -> dict[str, bool]:
         return self.up
 
 
