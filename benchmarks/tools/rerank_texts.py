@@ -15,12 +15,12 @@ from benchmarks.tools import tfidf
 from benchmarks.tools.rerank_trials import ASKS, DEPTH, Answers, Root, Trained, job
 from idem import metrics
 from idem.qrels import read_qrels
+from index.candidate_lists import IRRELEVANT
 from index.candidates import CHOSEN_ON, TEST
 from train.rerank_merge import Choice, arrange
 
 TONES = " OR ".join(f"product_id LIKE '%_1f3f{tone}%'" for tone in "bcdef")
 GALLERY = f"style = 'noto' AND NOT ({TONES})"
-IRRELEVANT = metrics.LEVELS - 1
 
 
 def root_of(pictures: str, data: Path) -> str:

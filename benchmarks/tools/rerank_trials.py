@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from idem import manifest, metrics, schema, storage
+from idem.qrels import read_qrels, read_texts
 from index.candidates import CHOSEN_ON, LEARNT, NAME, TEST
 from pipelines.items import Items, open_items
 from train import rerank_calibrate, rerank_loop, rerank_select
@@ -40,18 +41,17 @@ DEPTH = 50
 METRICS = ("I-HR@1", "C-HR@10", "nDCG@10")
 
 
-def text_queries(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """(query_id, query) and (query_id, product_id, grade) of all text queries that touch an unseen product, and their judgements."""
-    products, judged = (pq.read_table(folder / f"{file}.parquet") for file in ("products", "qrels"))
-    unseen = products.filter(pc.not_equal(products["id_split"], "train"))["product_id"]
-    touched = judged.filter(pc.is_in(judged["product_id"], value_set=unseen.combine_chunks()))["query_id"].unique()
-    return tuple(t.filter(pc.is_in(t["query_id"], value_set=touched)) for t in (pq.read_table(folder / "queries.parquet"), judged))
+def _asked(folder: Path) -> set[str]:
+    """All text queries that touch an unseen product."""
+    products = pq.read_table(folder / "products.parquet", columns=["product_id", "id_split"])
+    unseen = set(products.filter(pc.not_equal(products["id_split"], "train"))["product_id"].to_pylist())
+    judged, texts = read_qrels(str(folder / "qrels.parquet")), read_texts(str(folder / "queries.parquet"))
+    return {text.casefold() for query, text in texts.items() if not unseen.isdisjoint(judged.get(query, ()))}
 
 
 def _untold(keep: Path, folder: Path) -> str:
-    """A setting of train.texts: those of the run file, without the keywords that are a query of `text_queries`."""
-    asked = {query.casefold() for query in text_queries(folder)[0]["query"].to_pylist()}
-    products = pq.read_table(folder / "products.parquet", columns=["product_id", "keywords"])
+    """A setting of train.texts: those of the run file, without the keywords that are a query of the test."""
+    asked, products = _asked(folder), pq.read_table(folder / "products.parquet", columns=["product_id", "keywords"])
     kept = [[word for word in words or [] if word.casefold() not in asked] for words in products["keywords"].to_pylist()]
     keep.mkdir(parents=True, exist_ok=True)
     file = keep / "keywords.parquet"
