@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from idem.containers import Container, ImageError, kind, walk
+from idem.containers import Container, ImageError, kind, pixels_fill, walk
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 50_000_000
+QUALITY = 90  # of JPEG
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,6 +86,29 @@ def render(image: Image.Image, orientation: int = 1, mode: str = "RGB", draft: i
         return image.transpose(TURNS[orientation]) if orientation in TURNS else image
     except Exception as error:
         raise ImageError("image_undecodable", f"{image.format or 'picture'} cannot be decoded: {error}") from error
+
+
+def usable_as_it_is(container: Container, header: Image.Image, max_side: int) -> bool:
+    """Whether every reader would show these bytes alike: upright, opaque, one frame, a common mode, small, nothing else within."""
+    return (
+        container.sound
+        and container.orientation == 1
+        and header.mode in ("RGB", "L", "P", "1")
+        and "transparency" not in header.info
+        and max(header.size) <= max_side
+        and (container.format != "PNG" or pixels_fill(container))
+    )
+
+
+def shrunk(container: Container, header: Image.Image, max_side: int) -> tuple[bytes, Image.Image]:
+    """A picture that was examined and opened as an upright, opaque JPEG, its longer side at most `max_side`, without anything else
+    within; and its pixels."""
+    picture = render(header, container.orientation, draft=max_side)
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    picture.info.clear()  # Pillow would write the comment and the profile again
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=QUALITY)
+    return encoded.getvalue(), picture
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, draft: int | None = None) -> Image.Image:

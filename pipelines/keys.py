@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from idem import storage, streams
-from pipelines.normalize import MAX_TEXT
-from pipelines.text import clean
+from idem.text import MAX_TEXT, clean
 
 BUCKET_KEYS = 50_000  # a bucket's ids are held at once: some tens of MB
 MAX_BUCKETS = 1024  # every unit's file holds one batch for each

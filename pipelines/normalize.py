@@ -4,7 +4,6 @@ A record becomes exactly one item, one reject or one tombstone; nothing is dropp
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from idem import containers, images, schema
+from idem import images, schema
+from idem.text import MAX_ID, MAX_TEXT, clean, clean_title, id_fault, language, parse_version
 from pipelines import records as rows
 from pipelines.phash import phash
-from pipelines.text import MAX_ID, clean, clean_title, id_fault, language, parse_version
 
-QUALITY = 90
 HASHED_SIDE = 64  # a picture is decoded for its hash at no less, where its format allows less than all
-MAX_TEXT = 512  # characters of an item's texts beside its title
 MAX_TOLD = 10_000  # characters of each text in a reject
 
 REASONS: dict[str, str] = {
@@ -85,18 +82,6 @@ class Normalised:
     deleted: np.ndarray
 
 
-def _usable_as_it_is(container: images.Container, header: Image.Image, max_side: int) -> bool:
-    """Whether every reader would show these bytes alike: upright, opaque, one frame, a common mode, small, nothing else within."""
-    return (
-        container.sound
-        and container.orientation == 1
-        and header.mode in ("RGB", "L", "P", "1")
-        and "transparency" not in header.info
-        and max(header.size) <= max_side
-        and (container.format != "PNG" or containers.pixels_fill(container))
-    )
-
-
 def normalize_picture(data: bytes, limits: Limits) -> Picture:
     """Check a picture by decoding all of it; its pixels are kept as they are wherever possible, for a second JPEG pass costs detail.
 
@@ -104,16 +89,12 @@ def normalize_picture(data: bytes, limits: Limits) -> Picture:
     """
     container = images.examine(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
     header = images.open_container(container)
-    if _usable_as_it_is(container, header, limits.max_side):
+    if images.usable_as_it_is(container, header, limits.max_side):
         width, height = header.size
         hashed = phash(images.render(header, mode="L", draft=HASHED_SIDE))
         return Picture(data=container.data, mime=Image.MIME[container.format], width=width, height=height, phash=hashed)
-    picture = images.render(header, container.orientation, draft=limits.max_side)
-    picture.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
-    picture.info.clear()  # Pillow would write the comment and the profile again
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=QUALITY)
-    return Picture(data=encoded.getvalue(), mime="image/jpeg", width=picture.width, height=picture.height, phash=phash(picture))
+    data, picture = images.shrunk(container, header, limits.max_side)
+    return Picture(data=data, mime="image/jpeg", width=picture.width, height=picture.height, phash=phash(picture))
 
 
 def _is_tombstone(record: Mapping[str, Any], item_id: str) -> bool:

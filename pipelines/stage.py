@@ -20,12 +20,12 @@ from lance.fragment import write_fragments
 from pydantic import BaseModel, ConfigDict
 
 from idem import schema, storage
+from idem.text import parse_version
 from pipelines import keys, replayed
 from pipelines.normalize import Limits, Normalised, normalize_records
 from pipelines.reading import readers
 from pipelines.reading.fetch import Fetcher
 from pipelines.reading.sources import Reading, Unit
-from pipelines.text import parse_version
 
 T = TypeVar("T", bound=BaseModel)
 

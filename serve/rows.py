@@ -1,8 +1,6 @@
 """Bodies of items and of events -> rows of idem.schema. What the ingest does to records, it does to these once they are folded in."""
 
 import hashlib
-import io
-import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -10,25 +8,17 @@ import pyarrow as pa
 from PIL import Image
 
 from idem import images, schema
+from idem.text import MAX_TEXT, clean, clean_title, language
 from serve.bodies import Event, ItemBody
 from serve.errors import ApiError, invalid
 
 SOURCE = "api"
-QUALITY = 90
-KEPT_FORMATS, KEPT_MODES = ("JPEG", "PNG", "WEBP"), ("RGB", "L", "P", "1")
-JOINERS = "\u200c\u200d"  # scripts and emoji need them
 AHEAD = timedelta(days=1)  # by so much a clock may be wrong
-
-
-def words(text: str) -> str:
-    """NFC, one space for any run of white space, without characters that show nothing."""
-    shown = (c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
-    return " ".join(unicodedata.normalize("NFC", "".join(shown)).split())
 
 
 def item_row(item_id: str, item: ItemBody, picture: bytes | None, *, max_side: int) -> pa.Table:
     """One row of schema.items. ApiError 422 for an item of nothing, and for a picture that cannot be decoded."""
-    title = words(item.title)
+    title = clean_title(item.title)
     if picture is None and not title:
         raise ApiError(422, "item_empty", "an item needs a title, an image, or both; found neither")
     data, mime, size = normalized(picture, max_side) if picture is not None else (None, "", (0, 0))
@@ -36,15 +26,15 @@ def item_row(item_id: str, item: ItemBody, picture: bytes | None, *, max_side: i
         "item_id": item_id,
         "product_id": item.product_id,
         "family_id": item.family_id or item.product_id,
-        "category": words(item.category),
+        "category": clean(item.category, MAX_TEXT),
         "title": title,
-        "lang": item.lang.lower().replace("_", "-"),
+        "lang": language(item.lang),
         "image": data,
         "mime": mime,
         "width": size[0],
         "height": size[1],
-        "role": words(item.role),
-        "style": words(item.style),
+        "role": clean(item.role, MAX_TEXT),
+        "style": clean(item.style, MAX_TEXT),
         "id_split": item.id_split,
         "split": "",
         "content_hash": hashlib.sha256((data or b"") + b"\0" + title.encode()).hexdigest(),
@@ -67,18 +57,13 @@ def normalized(data: bytes, max_side: int) -> tuple[bytes, str, tuple[int, int]]
     try:
         container = images.examine(data)
         header = images.open_container(container)
-        upright = container.sound and container.orientation == 1 and "transparency" not in header.info
-        if upright and container.format in KEPT_FORMATS and header.mode in KEPT_MODES and max(header.size) <= max_side:
-            images.render(header)
+        if images.usable_as_it_is(container, header, max_side):
+            images.render(header)  # which is what finds damage
             return container.data, Image.MIME[container.format], header.size
-        picture = images.render(header, container.orientation, draft=max_side)
+        shrunk, picture = images.shrunk(container, header, max_side)
     except images.ImageError as error:
         raise ApiError(422, error.reason, str(error)) from error
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    picture.info.clear()  # Pillow would write the comment and the profile again
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=QUALITY)
-    return encoded.getvalue(), "image/jpeg", picture.size
+    return shrunk, "image/jpeg", picture.size
 
 
 def moment(event: Event, now: datetime) -> datetime:

@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from idem import images, schema
-from pipelines import text
+from idem import images, schema, text
+from idem.text import MAX_TITLE, clean_title
 from pipelines.normalize import REASONS, Limits, normalize_picture, normalize_record, normalize_records
 from pipelines.records import RECORDS, SETTLED, TEXTS, family_and_split, records_schema
-from pipelines.text import MAX_TITLE, clean_title
 
 LIMITS = Limits(max_side=64)
 

@@ -3,7 +3,10 @@
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -274,3 +279,24 @@ class ShopBackend:
 @pytest.fixture
 def backend(colour_shop: Shop) -> ShopBackend:
     return ShopBackend(colour_shop)
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[FastAPI], str]]:
+    """Serves an application on a loopback port until the test is over: its address."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def listen(app: FastAPI) -> str:
+        port = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            time.sleep(0.02)
+        return f"http://127.0.0.1:{port.getsockname()[1]}"
+
+    yield listen
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)

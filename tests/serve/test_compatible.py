@@ -1,16 +1,11 @@
 """The endpoints that other vendors' clients know, asked by those clients themselves over a loopback port."""
 
 import base64
-import socket
-import threading
-import time
-from collections.abc import Iterator
 
 import cohere
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
 from idem.types import Document, Query, Ranking
@@ -30,16 +25,8 @@ def client(backend) -> TestClient:
 
 
 @pytest.fixture
-def address(backend) -> Iterator[str]:
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_gateway(backend, limits=LIMITS), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+def address(backend, listening) -> str:
+    return listening(create_gateway(backend, limits=LIMITS))
 
 
 @pytest.fixture

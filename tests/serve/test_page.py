@@ -5,16 +5,12 @@ import hashlib
 import json
 import re
 import shutil
-import socket
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 import websockets.sync.client
 from fastapi.testclient import TestClient
 
@@ -31,16 +27,8 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 
 
 @pytest.fixture
-def address(backend) -> Iterator[str]:
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_gateway(backend, depth=3), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+def address(backend, listening) -> str:
+    return listening(create_gateway(backend, depth=3))
 
 
 def browse(url: str, folder: Path, *arguments: str) -> str:

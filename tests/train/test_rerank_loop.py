@@ -5,18 +5,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from idem import schema
 from train import rerank_loop, rerank_select
 from train.rerank_blocks import Batch
-from train.rerank_calibrate import Firsts, fit
-from train.rerank_data import KINDS, Known, Lists, Pool, askable, draw, lists, served, title_codes
+from train.rerank_data import KINDS, Lists, Pool, draw, served
 from train.rerank_loop import RerankConfig
 from train.rerank_match import COLOURS
-from train.rerank_merge import Scored, arrange, probability
+from train.rerank_merge import Scored, arrange
 from train.rerank_model import Kind
 from train.rerank_score import score
 
@@ -182,44 +179,6 @@ def test_untrained_what_is_served_is_retrieval(unfitted: None) -> None:
         assert len(settings[kind].table) == len(rerank_select.CHOICES)
 
 
-def known(titles: list[str], products: list[int]) -> Known:
-    """Vectors that differ by what they are of: queries with all they have and with their title alone, and the index's own."""
-    both, text, indexed = np.random.default_rng(0).normal(size=(3, len(titles), 4)).astype(np.float32)
-    codes = np.array(products)
-    return Known(products=codes, families=codes, titles=title_codes(titles, 48), both=both, text=text, indexed=indexed)
-
-
-def test_cosines_of_text_are_with_the_vectors_of_the_index() -> None:
-    rows = {"a": 0, "b": 1, "c": 2}
-    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[0, 3]], "text": [None]}
-    told = known(["red cup", "cup", "tea"], [0, 0, 1])
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), rows, told)
-    for kind, asked in (("both", told.both), ("text", told.text)):
-        np.testing.assert_allclose(made.cosines[KINDS.index(kind), 0], told.indexed[[1, 2]] @ asked[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("titles", "may_tell"),
-    [
-        (["red cup", "cup", "tea"], True),  # its own words
-        (["cup", "cup", "tea"], False),  # one title a product
-        ([" CUP", "cup ", "tea"], False),
-        (["", "cup", "tea"], False),  # nothing to tell
-        (["tea", "cup", "tea"], True),  # another product's title is no answer
-    ],
-)
-def test_a_title_that_a_right_document_has_is_not_asked_with(titles: list[str], may_tell: bool) -> None:
-    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[0, 3]], "text": [None]}
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(titles, [0, 0, 1]))
-    assert made.told.tolist() == [may_tell]
-
-
-def test_a_product_that_no_list_holds_is_not_asked_for_by_title() -> None:
-    columns = {"query_id": ["a"], "fold": ["rerank"], "item_ids": [["b", "c"]], "scores": [[0.9, 0.8]], "levels": [[3, 3]], "text": [None]}
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(["cup", "tea", "pot"], [0, 1, 2]))
-    assert not made.told.any()
-
-
 def test_where_no_title_may_be_told_pictures_alone_are_trained_and_judged() -> None:
     pool, made, state = fresh()
     silent = {name: dataclasses.replace(each, told=np.zeros(len(each), bool)) for name, each in made.items()}
@@ -230,61 +189,6 @@ def test_where_no_title_may_be_told_pictures_alone_are_trained_and_judged() -> N
     assert settings["image"].queries
     for kind in ("both", "text"):
         assert (settings[kind].queries, settings[kind].choice) == (0, rerank_select.RETRIEVAL)
-
-
-def test_lists_are_read_from_candidates() -> None:
-    columns = {
-        "query_id": ["a", "b"],
-        "fold": ["rerank", "rerank"],
-        "item_ids": [["c", "a", "b"], ["c"]],
-        "scores": [[0.9, 0.8, 0.7], [0.2]],
-        "levels": [[3, 0, 0], [1]],
-        "text": [None, None],
-    }
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2}, known(["red cup", "cup", "tea"], [0, 0, 1]))
-    assert made.documents.tolist() == [[2, 1, -1], [2, -1, -1]], "a query is no answer to itself"
-    assert made.levels.tolist() == [[3, 0, -1], [1, -1, -1]]
-    assert made.cosines[0].round(4).tolist() == [[0.9, 0.7, 0.0], [0.2, 0.0, 0.0]] or np.allclose(made.cosines[0][:, 0], [0.9, 0.2])
-    assert served(made, 0, "image", 20).tolist() == [0, 1]
-
-
-def test_texts_for_which_nothing_was_found_have_a_family_each() -> None:
-    columns = {
-        "query_id": ["q", "r", "s"],
-        "fold": ["rerank"] * 3,
-        "item_ids": [["a", "b"]] * 3,
-        "scores": [[0.9, 0.8]] * 3,
-        "levels": [[3, 3], [3, 3], [3, 2]],
-        "text": ["hot", "cold", "tea"],
-    }
-    told = known(["cup", "tea", "hot", "cold", "tea"], [0, 1, -1, -1, -1])
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "q": 2, "r": 3, "s": 4}, told)
-    assert made.families[2] == 1
-    assert len({0, 1, *made.families.tolist()}) == 4
-
-
-def test_a_text_that_is_no_item_is_asked_as_one_and_has_the_family_of_its_best_document() -> None:
-    columns = {
-        "query_id": ["a", "q"],
-        "fold": ["rerank"] * 2,
-        "item_ids": [["b", "c"], ["c", "b"]],
-        "scores": [[0.9, 0.8], [0.7, 0.6]],
-        "levels": [[0, 3], [3, 1]],
-        "text": [None, "something hot"],
-    }
-    told = known(["cup", "cup", "tea", "something hot"], [0, 0, 1, -1])
-    made = lists(pa.table(columns, schema=schema.CANDIDATES), {"a": 0, "b": 1, "c": 2, "q": 3}, told)
-    assert made.told.tolist() == [False, True]
-    assert made.families.tolist() == [0, 0]
-    np.testing.assert_allclose(made.cosines[KINDS.index("text"), 1], told.indexed[[2, 1]] @ told.text[3], rtol=1e-5)
-    assert made.levels.tolist() == [[0, 3], [3, 1]]
-    pictured = np.array([True, True, True, False])
-    pool = Pool(places=np.ones((4, 2, 8), np.float16), pictured=pictured, texts=np.full((4, 5), 7, np.int16))
-    assert [askable(pool, made, kind).tolist() for kind in KINDS] == [[0], [], [1]]
-    batch = draw(pool, made, slots=range(40), seed=0, step=0, chunk=2, settings=CONFIG.model_copy(update={"dropout": 0.0}))
-    texts = batch.q_text.any(1)
-    assert texts.any()
-    assert (texts != batch.q_mask.any(1)).all(), "a picture or a text asks, never both here"
 
 
 def test_a_service_sees_the_best_row_of_each_product() -> None:
@@ -373,33 +277,3 @@ def test_families_not_queries_are_the_unit_of_the_error() -> None:
     assert rerank_select.clustered_error(gain, np.arange(100)) == pytest.approx(plain, rel=1e-6)
     means = gain.reshape(25, 4).mean(1)
     assert rerank_select.clustered_error(gain, np.arange(100) // 4) == pytest.approx(means.std(ddof=1) / 5, rel=1e-6)
-
-
-def test_temperature_recovers_the_slope_and_bias_of_its_data() -> None:
-    random = np.random.default_rng(0)
-    logit = random.normal(0, 3, 20_000)
-    right = (random.random(len(logit)) < probability(0.5 * logit - 1.0)).astype(float)
-    found = fit(Firsts(logit=logit, prior=None, right=right, weight=np.ones(len(logit))))
-    assert found.slope == pytest.approx(0.5, abs=0.03)
-    assert found.bias == pytest.approx(-1.0, abs=0.06)
-    found = fit(Firsts(logit=np.array([5.0, 6.0]), prior=None, right=np.ones(2), weight=np.ones(2)))
-    assert np.isfinite([found.slope, found.bias]).all()
-    assert found.slope > 0
-
-
-@pytest.mark.parametrize("say", [0.0, 3.0])
-def test_the_prior_has_the_say_that_its_data_gives_it(say: float) -> None:
-    random = np.random.default_rng(1)
-    logit, prior = random.normal(0, 2, 20_000), random.normal(5, 0.5, 20_000)
-    true = logit + say * (prior - 5) - 1.0
-    answers = Firsts(logit=logit, prior=prior, right=(random.random(20_000) < probability(true)).astype(float), weight=np.ones(20_000))
-    found = fit(answers)
-    assert found.ordered == pytest.approx(say, abs=0.15)
-    assert np.abs(found.r(answers) - probability(true)).mean() < 0.01
-
-
-def test_a_constant_prior_says_nothing() -> None:
-    logit = np.random.default_rng(0).normal(0, 2, 100)
-    of = {"logit": logit, "right": (logit > 0).astype(float), "weight": np.ones(100)}
-    told, untold = (fit(Firsts(prior=prior, **of)) for prior in (np.full(100, 7.0), None))
-    np.testing.assert_allclose(told.r(Firsts(prior=np.full(100, 7.0), **of)), untold.r(Firsts(prior=None, **of)), atol=1e-6)

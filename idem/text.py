@@ -5,6 +5,7 @@ import unicodedata
 from datetime import UTC, datetime, timedelta
 
 MAX_TITLE = 1000
+MAX_TEXT = 512  # characters of an item's texts beside its title
 MAX_ID = 512
 
 _PREFIX = 20  # times the wanted length: no more of a text is looked at, for composing megabytes takes seconds
